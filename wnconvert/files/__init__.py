@@ -1,0 +1,101 @@
+"""The table of file formats. A new format is one file and one row.
+
+`read` decides by content where it can, so that a file with the wrong suffix is still read for what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from wnconvert.carriers import Carrier
+from wnconvert.errors import InputError
+from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a reader may need to know.
+
+    Attributes:
+        unsafe_load: unpickle whole modules, which can run code.
+        arch: builds the exact module, `package.module:callable`, `timm:NAME` or `transformers`.
+        drop_optimizer: leave out optimizer state.
+    """
+
+    unsafe_load: bool = False
+    arch: str | None = None
+    drop_optimizer: bool = False
+
+
+class Document(Protocol):
+    """An open file.
+
+    Attributes:
+        format: as shown in reports.
+        notes: what a person should know about this file, such as optimizer state that will not match.
+        carrier: what holds its weights. Converting changes the carrier, never the file it was read from.
+    """
+
+    format: str
+    notes: list[str]
+    carrier: Carrier
+
+    def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
+        """Statistics of g by site name, for the split sites. Reads only the magnitudes."""
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the carrier's present state into `folder`, an empty staging folder, the main file under `name`.
+
+        Anything else that belongs to the result (external data, shards) is written beside it under its final name.
+        """
+
+    def compare_outputs(self, other: Document) -> OutputCheck | None:
+        """Run both files on the same random inputs, or None where this format cannot be run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        name: as shown in reports.
+        suffixes: of the file names it is usually found under.
+        module: has `recognise(path) -> bool`, which reads at most a few kilobytes, and
+            `read(path, options) -> Document`.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    module: str
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("safetensors", (".safetensors",), "wnconvert.files.safetensors"),
+    Format("safetensors-sharded", (".safetensors.index.json",), "wnconvert.files.sharded"),
+    Format("onnx", (".onnx",), "wnconvert.files.onnx"),
+    Format("torch", (".pt", ".pth", ".bin", ".ckpt", ".tar"), "wnconvert.files.torch_file"),
+)
+
+
+def read(path: Path, options: ReadOptions = ReadOptions()) -> Document:
+    """Open a file of any format in the table.
+
+    Raises:
+        InputError: it does not exist, is damaged, or is of no known format.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    for row in FORMATS:
+        module = importlib.import_module(row.module)
+        if module.recognise(path):
+            document: Document = module.read(path, options)
+            return document
+    known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
+    raise InputError(f"{path}: not a model file of a known format ({known})")
+
+

@@ -1,0 +1,53 @@
+"""A result is built in a hidden folder beside its target and moved to its name when it is complete and checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from wnconvert.errors import InputError
+
+
+class Staging:
+    """Context manager around the making of one output.
+
+    Everything written into `folder` moves beside the target on `commit`, the target itself last, so that a file under
+    the final name is always whole. Without `commit`, nothing is left. A killed process leaves at most the hidden
+    folder, `.NAME.*.wnconvert`.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = Path()
+
+    def __enter__(self) -> Staging:
+        try:
+            made = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=self.target.parent)
+        except OSError as error:
+            raise InputError(f"{self.target.parent}: cannot write here ({error.strerror})") from error
+        self.folder = Path(made)
+        return self
+
+    def commit(self) -> None:
+        """Move every staged file to its final name, flushed to disk, the target last."""
+        staged = sorted(self.folder.iterdir(), key=lambda path: path.name == self.target.name)
+        for path in staged:
+            if path.is_symlink():
+                continue
+            _flush(path)
+            os.replace(path, self.target.with_name(path.name))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{self.target}: cannot be written ({error.strerror or error})") from error
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""What happened to each site, as data (`model`), as a table for people (`table`)."""

@@ -1,0 +1,384 @@
+"""The arithmetic of weight normalization, `w = g * v / ||v||` (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2).
+
+This is the only file that computes a norm. `split` and `fold` are exact inverses, bit for bit:
+
+- `g` is the norm computed in float64 and rounded once; `v` is `w` itself.
+- `fold` computes `g * v / ||v||` in float64 and rounds once. Where `g` still is the rounded norm of `v`, nothing has
+  trained and the row is `v` itself.
+
+That needs one norm that never changes: squares are added in a fixed tree over the logical order of the elements, with
+elementwise additions only. Memory layout, block size, number of threads and device cannot change its bits.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wnconvert.errors import NotSplittable, PairError
+from wnconvert.sites import Axis, kept_axes
+
+BLOCK = 1 << 17
+"""Elements worked on at a time: 1 MB in float64, which stays in the cache of one core."""
+
+_SEGMENT = 1 << 16
+"""Elements added as one tree. Fixed, because it decides the order of the additions and so the bits."""
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Norms whose squares neither under- nor overflow where a runtime computes them. Half types are widened to float32
+# before they are squared (torch, ONNX Runtime), so float16 cannot leave the range.
+_SAFE_NORM = {
+    torch.float64: (2.0**-450, 2.0**450),
+    torch.float32: (2.0**-50, 2.0**60),
+    torch.bfloat16: (2.0**-50, 2.0**60),
+    torch.float16: (0.0, math.inf),
+}
+
+
+class RowCounts(NamedTuple):
+    """What `split` had to do to single rows, read off `g`."""
+
+    zero: int
+    """Rows of zeros: `g` is 0 and `v` is a random unit vector."""
+
+    scaled: int
+    """Rows whose `v` was scaled by a power of two, because their squares leave the range of the dtype."""
+
+
+def split(
+    w: Tensor,
+    axis: Axis,
+    *,
+    groups: int = 1,
+    name: str = "weight",
+    g_dtype: torch.dtype | None = None,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """Split a weight into magnitude and direction so that `fold` gives it back bit for bit.
+
+    Args:
+        w: float64, float32, float16 or bfloat16, any shape.
+        axis: the axis (or axes) that keep one magnitude per index; `None` for one magnitude in all.
+        groups: above 1, `w` is seen as `[groups, shape[0] / groups, *shape[1:]]` and `axis` refers to that view
+            (a grouped transposed convolution keeps `(0, 2)`).
+        name: seeds the direction of zero rows, so that the same file always gives the same bytes.
+        g_dtype: dtype of `g` where it is not w's own (graphs that compute a half-type norm in float32).
+        block: elements worked on at a time.
+
+    Returns:
+        `g`, with 1 on every reduced axis (0-d for axis None), and `v`, of w's shape. `v` is `w` itself,
+        not a copy, unless single rows had to change.
+
+    Raises:
+        NotSplittable: NaN, infinity, a norm that overflows the dtype, or a dtype without a norm.
+    """
+    if w.dtype not in DTYPES:
+        raise NotSplittable(f"dtype {str(w.dtype).removeprefix('torch.')} has no weight normalization")
+    w = w.detach()
+    view, kept, g_shape = _rows(w, axis, groups)
+    norms = _norms(view, kept, block)
+    _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity")
+    g = norms.to(g_dtype or w.dtype)
+    _require(g.isfinite(), NotSplittable, f"the norm of row {{}} overflows {str(g.dtype).removeprefix('torch.')}")
+    low, high = _SAFE_NORM[w.dtype]
+    changed = ((norms == 0) | (norms < low) | (norms > high)).nonzero().flatten().tolist() if view.numel() else []
+    v = w
+    if changed:
+        v = w.clone(memory_format=torch.preserve_format)
+        target = _rows(v, axis, groups)[0]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        for row in changed:
+            index = _row_index(row, view.shape[:kept])
+            if norms[row] == 0:
+                target[index] = _random_direction(view[index], generator)
+            else:
+                target[index] = _scaled_direction(view[index], float(norms[row]), row)
+    return g.reshape(g_shape), v
+
+
+def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> Tensor:
+    """Multiply magnitude and direction back into one weight, each element rounded once.
+
+    Args:
+        g: magnitudes, in one of the shapes that `split` gives for v's shape. Its dtype may be wider than v's.
+        v: directions.
+        name: named in the error.
+        block: elements worked on at a time.
+
+    Returns:
+        A new tensor of v's shape, dtype and memory format.
+
+    Raises:
+        PairError: the shapes or dtypes are not a pair, a value is NaN or infinite, or a row of `v` is zero where `g`
+            is not.
+    """
+    groups, axis = pair_axis(g.shape, v.shape, name)
+    if v.dtype not in DTYPES or g.dtype not in DTYPES:
+        raise PairError(f"{name}: g is {g.dtype} and v is {v.dtype}; both must be float64, float32, float16 or bfloat16")
+    g, v = g.detach(), v.detach()
+    w = torch.empty_like(v, memory_format=torch.preserve_format)
+    view, kept, _ = _rows(v, axis, groups)
+    out = _rows(w, axis, groups)[0]
+    first = 0
+    for part, target in zip(_parts(view, kept, block), _parts(out, kept, block), strict=True):
+        norm = _norm(part, kept)
+        rows = norm.numel()
+        magnitude = g.reshape(-1)[first : first + rows].reshape(norm.shape)
+        where = f"{name}: row {{}}"
+        _require(norm.isfinite(), PairError, f"{where} of v holds NaN or infinity", first)
+        _require(magnitude.isfinite(), PairError, f"{where} of g is NaN or infinite", first)
+        _require((norm != 0) | (magnitude == 0), PairError, f"{where} of v is zero but its g is not", first)
+        _fold_part(magnitude, part, norm, target, kept)
+        first += rows
+    return w
+
+
+def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
+    """Count the zero rows and the rescaled rows of a freshly split weight of this dtype from its `g`."""
+    low, high = _SAFE_NORM[dtype]
+    size = g.detach().double().abs()
+    zero = int((size == 0).sum())
+    return RowCounts(zero, int(((size < low) | (size > high)).sum()) - (zero if low > 0 else 0))
+
+
+def pair_axis(g_shape: Sequence[int], v_shape: Sequence[int], name: str = "weight") -> tuple[int, Axis]:
+    """Read off the shapes which axes `g` keeps: `(groups, axis)` as `split` takes them.
+
+    Raises:
+        PairError: no choice of axes gives `g` this shape.
+    """
+    g_shape, v_shape = tuple(g_shape), tuple(v_shape)
+    groups, seen = 1, v_shape
+    if v_shape and g_shape and len(g_shape) == len(v_shape) + 1 and g_shape[0] > 0 and v_shape[0] % g_shape[0] == 0:
+        groups, seen = g_shape[0], (g_shape[0], v_shape[0] // g_shape[0], *v_shape[1:])
+    if g_shape == ():
+        return 1, None
+    if len(g_shape) != len(seen) or any(a not in (1, b) for a, b in zip(g_shape, seen, strict=True)):
+        raise PairError(f"{name}: g of shape {list(g_shape)} and v of shape {list(v_shape)} are not a pair")
+    kept = tuple(i for i, (a, b) in enumerate(zip(g_shape, seen, strict=True)) if a == b != 1)
+    if not kept:
+        # One magnitude for the whole tensor. A layer with one output unit looks the same, and is the likelier reading.
+        return groups, 0 if seen[0] == 1 else ()
+    return groups, kept[0] if len(kept) == 1 else kept
+
+
+def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tensor | None = None) -> Tensor:
+    """Compute `g * v / ||v||` with gradients, for the forward pass of a training step.
+
+    The ratio `g / ||v||` is taken as 1 where it is 1 within the rounding of `g`, so that a fresh pair gives `v` bit
+    for bit; every other element is within 1 ulp of `fold`.
+
+    Args:
+        g: magnitudes, shaped to broadcast against `v`.
+        v: directions.
+        reduced: the axes of `v` to sum over, all of them if None.
+        like: a tensor to read dtype and device from where `v` is a tracer's stand-in.
+    """
+    like = v if like is None else like
+    # MPS has no float64; half types are summed in float32, 2^13 times finer than they are.
+    exact = like.dtype in (torch.float32, torch.float64) and like.device.type != "mps"
+    norm = torch.linalg.vector_norm(
+        v, dim=reduced, keepdim=reduced is not None, dtype=torch.float64 if exact else torch.float32
+    )
+    if like.dtype == torch.float64 and like is v and not torch.compiler.is_compiling():
+        # float64 has no wider type to hide the order of the additions in, so take the one norm that never changes.
+        norm = norm + (_norm_like(norm, v, reduced) - norm).detach()
+    ratio = g / norm
+    # Half an ulp, and a little for the norm's own rounding: more would let a trained row differ from fold by 2 ulp.
+    fresh = (ratio - 1).abs() <= torch.finfo(like.dtype).eps * (0.5 + 2**-7)
+    # ratio + (1 - ratio) is exactly 1 this close to 1, and the gradient stays that of the ratio.
+    ratio = ratio + torch.where(fresh, 1 - ratio, 0).detach()
+    return (v * (ratio.to(like.dtype) if exact else ratio)).to(like.dtype)
+
+
+def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:
+    kept = None if reduced is None else tuple(i for i in range(v.dim()) if i not in reduced)
+    view, count, _ = _rows(v.detach(), kept, 1)
+    return _norms(view, count, BLOCK).reshape(norm.shape)
+
+
+def _rows(w: Tensor, axis: Axis, groups: int) -> tuple[Tensor, int, tuple[int, ...]]:
+    """View `w` with its kept axes first: `(view, number of kept axes, shape of g)`."""
+    if groups > 1:
+        w = w.unflatten(0, (groups, w.shape[0] // groups))
+    kept = kept_axes(axis, w.dim())
+    reduced = [i for i in range(w.dim()) if i not in kept]
+    g_shape = () if axis is None else tuple(n if i in kept else 1 for i, n in enumerate(w.shape))
+    return w.permute(*kept, *reduced), len(kept), g_shape
+
+
+def _parts(view: Tensor, kept: int, block: int) -> Iterator[Tensor]:
+    """Cut `view` into runs of whole rows, in order, each of at most `block` elements or a single row."""
+    if view.numel() <= block or kept == 0:
+        if math.prod(view.shape[:kept]):
+            yield view
+        return
+    inner = view[0].numel()
+    if inner > block and kept > 1:
+        for i in range(view.shape[0]):
+            for part in _parts(view[i], kept - 1, block):
+                yield part.unsqueeze(0)
+        return
+    step = max(1, block // inner)
+    for i in range(0, view.shape[0], step):
+        yield view[i : i + step]
+
+
+def _norms(view: Tensor, kept: int, block: int) -> Tensor:
+    """The float64 norms of all rows, in order, as one axis."""
+    parts = [_norm(part, kept).flatten() for part in _parts(view, kept, block)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=view.device)
+
+
+def _norm(part: Tensor, kept: int) -> Tensor:
+    """The float64 norm of each row, in the shape of the kept axes."""
+    shape, rows = part.shape[:kept], math.prod(part.shape[:kept])
+    columns = part.numel() // rows
+    if columns == 0:
+        return torch.zeros(shape, dtype=torch.float64, device=part.device)
+    # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
+    exponent = _exponents(part, kept).reshape(rows, 1) if part.dtype == torch.float64 else None
+    if rows == 1:
+        part = part.reshape(part.shape[kept:]) if kept else part
+        segments = (
+            torch.cat([piece.reshape(1, -1) for piece in _pieces(part, i, min(i + _SEGMENT, columns))], 1).double()
+            for i in range(0, columns, _SEGMENT)
+        )
+    else:
+        whole = part.reshape(rows, columns)
+        segments = (whole[:, i : i + _SEGMENT].double() for i in range(0, columns, _SEGMENT))
+    norm = _tree(torch.stack([_tree(_square(segment, exponent)) for segment in segments], 1)).sqrt()
+    return (norm if exponent is None else _ldexp(norm, exponent[:, 0])).reshape(shape)
+
+
+def _square(x: Tensor, exponent: Tensor | None) -> Tensor:
+    """Square a float64 copy in place, or a scaled copy of float64 data."""
+    return x.square_() if exponent is None else _ldexp(x, -exponent).square_()
+
+
+def _tree(x: Tensor) -> Tensor:
+    """Sum over axis 1 by adding the upper half to the lower half until one column is left. Overwrites `x`."""
+    n = x.shape[1]
+    while n > 1:
+        half = (n + 1) // 2
+        x[:, : n - half] += x[:, half:n]
+        n = half
+    return x[:, 0]
+
+
+def _exponents(part: Tensor, kept: int) -> Tensor:
+    """Per row, the power of two that brings its largest element near 1, or 0 where none is needed."""
+    axes = tuple(range(kept, part.dim()))
+    largest = torch.maximum(part.amax(axes), -part.amin(axes)) if axes else part.abs()
+    exponent = torch.frexp(largest).exponent
+    return torch.where((exponent.abs() > 400) & largest.isfinite(), exponent, 0)
+
+
+def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    """`x * 2**exponent` in float64, in two steps because 2**1074 is not a float64. Exact unless the result is not."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return x * torch.pow(2.0, half.double()) * torch.pow(2.0, (exponent - half).double())
+
+
+def _pieces(view: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """Yield views that cover the elements `start..stop` of `view` in row-major order, without copying it."""
+    if stop - start == view.numel():
+        yield view
+        return
+    inner = view[0].numel()
+    first, last = start // inner, (stop - 1) // inner
+    if first == last:
+        yield from _pieces(view[first], start - first * inner, stop - first * inner)
+        return
+    if start % inner:
+        yield from _pieces(view[first], start % inner, inner)
+        first += 1
+    if stop // inner > first:
+        yield view[first : stop // inner]
+    if stop % inner:
+        yield from _pieces(view[stop // inner], 0, stop % inner)
+
+
+def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, kept: int) -> None:
+    """Write the folded rows of one part into `out`, a piece at a time if it is one long row."""
+    fresh = norm.to(g.dtype) == g
+    # A zero row of v has g == 0 here: its weight is zero, not 0/0.
+    safe = torch.where(norm == 0, 1.0, norm)
+    power = _power_of_two(g, norm, v.dtype)
+    long = norm.numel() == 1
+    rows = [t.reshape(() if long else (*t.shape, *(1,) * (v.dim() - kept))) for t in (g.double(), safe, fresh, power)]
+    any_fresh, any_power = bool(fresh.any()), bool(power.any())
+    step = BLOCK if long else max(v.numel(), 1)
+    for i in range(0, v.numel(), step):
+        stop = min(i + step, v.numel())
+        for x, y in zip(_pieces(v, i, stop), _pieces(out, i, stop), strict=True):
+            magnitude, length, same, exponent = rows
+            w = _formula(magnitude, x, length)
+            if any_power:
+                w = torch.where(exponent != 0, _ldexp(x.double(), exponent), w)
+            # Every float64 copy of an element of v rounds back to that element.
+            y.copy_(torch.where(same, x.double(), w) if any_fresh else w)
+
+
+def _formula(g: Tensor, v: Tensor, norm: Tensor) -> Tensor:
+    if v.dtype != torch.float64:
+        return v.double().mul_(g).div_(norm)
+    # g * v may leave the range although the weight does not; v / ||v|| cannot.
+    wide = (g.abs() > 2.0**400) | (norm > 2.0**400) | (norm < 2.0**-400)
+    return torch.where(wide, g * (v / norm), g * v / norm)
+
+
+def _power_of_two(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Recognise rows that `split` scaled: `w` is `v * 2**k` exactly. Returns k per row, 0 for all others.
+
+    Such a row has a `g` outside the safe range, `||v||` in [1, 2], and `g` is the rounded value of `||v|| * 2**k`. The
+    largest such k is the right one: where `g` is subnormal a smaller one may round to the same `g`, but stands for a
+    row whose norm is below its own largest element.
+    """
+    low, high = _SAFE_NORM[dtype]
+    size = g.double().abs()
+    candidate = (g > 0) & ((size < low) | (size > high)) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
+    power = torch.zeros_like(norm)
+    if not bool(candidate.any()):
+        return power
+    nearest = (torch.frexp(size).exponent - torch.frexp(norm).exponent).double()
+    for offset in (-1, 0, 1):
+        k = nearest + offset
+        power = torch.where(candidate & (_ldexp(norm, k).to(g.dtype) == g), k, power)
+    return power
+
+
+def _scaled_direction(w: Tensor, norm: float, row: int) -> Tensor:
+    """`w` scaled by the power of two that brings its norm into [1, 2)."""
+    exponent = torch.tensor(math.frexp(norm)[1] - 1)
+    v = _ldexp(w.double(), -exponent).to(w.dtype)
+    if not torch.equal(_ldexp(v.double(), exponent).to(w.dtype), w):
+        raise NotSplittable(f"row {row} spans more than the exponent range of its dtype, so no v has a finite norm")
+    return v
+
+
+def _random_direction(w: Tensor, generator: torch.Generator) -> Tensor:
+    """A random unit vector with the signs of the zeros in `w`, so that `0 * v` gives each zero back with its sign."""
+    sample = torch.rand(w.shape, generator=generator, dtype=torch.float64) + 2**-10
+    direction = sample / torch.linalg.vector_norm(sample)
+    return torch.copysign(direction.to(w.device), w.double()).to(w.dtype)
+
+
+def _row_index(row: int, shape: Sequence[int]) -> tuple[int, ...]:
+    index = []
+    for n in reversed(shape):
+        index.append(row % n)
+        row //= n
+    return tuple(reversed(index))
+
+
+def _require(good: Tensor, error: type[Exception], message: str, first: int = 0) -> None:
+    if not bool(good.all()):
+        row = first + int((~good.flatten()).nonzero()[0])
+        raise error(message.format(row))
