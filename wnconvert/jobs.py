@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from wnconvert import convert, files, verify
-from wnconvert.errors import InputError, UsageError, VerificationError
+from wnconvert import compare, convert, files
+from wnconvert.errors import InputError, NothingToDo, UsageError, VerificationError
 from wnconvert.files import Document, ReadOptions
 from wnconvert.files.staging import Staging
 from wnconvert.report.model import Report
 from wnconvert.sites import Dim, Scheme, Selection
+from wnconvert.watch import SILENT, Watcher
 
 SUFFIX = {"apply": "wn", "fold": "folded", "rename": "renamed"}
 """Goes before the file's own suffix in the default output name: `model.wn.pt`."""
@@ -42,15 +43,27 @@ class Job:
 
 
 def default_output(path: Path, command: str) -> Path:
-    """`model.pt` -> `model.wn.pt`, `generator.pth.tar` -> `generator.folded.pth.tar`, beside the input."""
+    """`model.pt` -> `model.wn.pt`, `generator.pth.tar` -> `generator.folded.pth.tar`, beside the input.
+
+    Shards go from folder to folder: `llama/` or its index -> `llama.wn`.
+    """
+    folder = _folder_of(path)
+    if folder is not None:
+        return folder.with_name(f"{folder.name}.{SUFFIX[command]}")
     name = path.name
     known = [suffix for row in files.FORMATS for suffix in row.suffixes]
     tail = next((s for s in sorted([".pth.tar", *known], key=len, reverse=True) if name.endswith(s)), path.suffix)
     return path.with_name(f"{name.removesuffix(tail)}.{SUFFIX[command]}{tail}")
 
 
-def convert_file(path: Path, output: Path | None, job: Job, progress: convert.Progress = iter) -> Report:
+def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = SILENT) -> Report:
     """Convert a file. The output appears complete and checked, or not at all; the input is never written to.
+
+    Args:
+        path: the input.
+        output: the result, or a folder to put it in under its default name. None for that name beside the input.
+        job: what to do.
+        watcher: is told how far it is.
 
     Raises:
         InputError: the input cannot be read, or the output cannot be written.
@@ -58,44 +71,61 @@ def convert_file(path: Path, output: Path | None, job: Job, progress: convert.Pr
         NothingToDo: nothing was converted.
         VerificationError: the result differs from what it must be. Nothing was written.
     """
-    target = output or default_output(path, job.command)
+    if job.command not in SUFFIX:
+        raise UsageError(f"no such command: {job.command}; there are {', '.join(SUFFIX)}")
+    target = _target(path, output, job.command)
     if not job.dry_run:
         _require_free(path, target, job.overwrite)
+    watcher.stage("reading")
     document = files.read(path, job.reading)
-    report = _run(document, job, progress)
-    report.input, report.format = str(path), document.format
-    report.notes += document.notes
+    try:
+        report = _run(document, job, watcher)
+    except NothingToDo as nothing:
+        if nothing.report is not None:
+            _describe(nothing.report, path, document)
+        raise
+    _describe(report, path, document)
     if job.dry_run:
         return report
     report.output = str(target)
     with Staging(target) as staging:
+        watcher.stage("writing")
         document.save(staging.folder, target.name)
+        report.files = staging.sizes()
+        _require_companions_free(staging, job.overwrite)
         if job.check:
-            _check(path, staging.folder / target.name, job, report)
+            _check(path, staging.folder / target.name, job, report, watcher)
         staging.commit()
     return report
 
 
-def _run(document: Document, job: Job, progress: convert.Progress) -> Report:
-    common = {"selection": job.selection, "dry_run": job.dry_run}
-    match job.command:
-        case "apply":
-            return convert.apply(document.carrier, dim=job.dim, names=job.names, progress=progress, **common)
-        case "fold":
-            return convert.fold(document.carrier, progress=progress, **common)
-        case "rename":
-            return convert.rename(document.carrier, job.names, **common)
-        case other:
-            raise UsageError(f"no such command: {other}")
+def _run(document: Document, job: Job, watcher: Watcher) -> Report:
+    carrier, selection = document.carrier, job.selection
+    if job.command == "rename":
+        return convert.rename(carrier, job.names, selection=selection, dry_run=job.dry_run)
+    if job.command == "fold":
+        watcher.stage("folding")
+        return convert.fold(carrier, selection=selection, dry_run=job.dry_run, progress=watcher.each)
+    watcher.stage("splitting")
+    return convert.apply(
+        carrier, selection=selection, dim=job.dim, names=job.names, dry_run=job.dry_run, progress=watcher.each
+    )
 
 
-def _check(path: Path, result: Path, job: Job, report: Report) -> None:
+def _describe(report: Report, path: Path, document: Document) -> None:
+    report.input, report.format = str(path), document.format
+    report.notes += document.notes
+
+
+def _check(path: Path, result: Path, job: Job, report: Report, watcher: Watcher) -> None:
+    watcher.stage("checking weights")
     # Both are read afresh: what was converted in memory proves nothing about what a reader of the file will see.
     before, after = files.read(path, job.reading), files.read(result, job.reading)
-    comparison = verify.compare_weights(before.carrier, after.carrier)
-    report.weights_verified = comparison.identical
+    comparison = compare.compare_weights(before.carrier, after.carrier, watcher=watcher)
+    report.weights_verified, report.tensors_verified = comparison.identical, comparison.compared
     if not comparison.identical:
         raise VerificationError(f"{path}: the result is not the same function: {comparison.first_difference}")
+    watcher.stage("checking outputs")
     report.outputs = before.compare_outputs(after)
     if report.outputs is not None and report.outputs.equal is False:
         raise VerificationError(
@@ -104,10 +134,35 @@ def _check(path: Path, result: Path, job: Job, report: Report) -> None:
         )
 
 
+def _folder_of(path: Path) -> Path | None:
+    """The folder that an input of several files is, or None for a single file."""
+    if path.is_dir():
+        return path if path.name not in ("", "..") else path.resolve()
+    return path.absolute().parent if path.name.endswith(".safetensors.index.json") else None
+
+
+def _target(path: Path, output: Path | None, command: str) -> Path:
+    default = default_output(path, command)
+    if output is None:
+        return default
+    return output / default.name if output.is_dir() else output
+
+
 def _require_free(path: Path, target: Path, overwrite: bool) -> None:
-    if target.exists() and path.exists() and target.samefile(path):
+    source = _folder_of(path) or path
+    if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: the output would replace the input; choose another -o")
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; --overwrite replaces it")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder to write to")
+    named = files.format_of_name(target.name)
+    # A file under the wrong suffix keeps it: other programs know it by that.
+    if named and path.exists() and named not in (files.recognise(path), files.format_of_name(path.name)):
+        raise UsageError(f"{target}: the format stays {files.recognise(path).name}, so the suffix of -o must fit that")
+
+
+def _require_companions_free(staging: Staging, overwrite: bool) -> None:
+    taken = [name for name in staging.sizes() if (staging.target.parent / name).exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{staging.target.parent / taken[0]} exists; --overwrite replaces it")

@@ -118,16 +118,62 @@ class OnnxKind:
         op_type: of the default domain.
         operands: input position and the kept axis and output axis of a weight there.
         transpose: attribute that says, per operand, that it is transposed before use (Gemm).
+        batched: leading axes of a weight of more than two axes are kept too.
+        name: as shown in reports, if not the operator's own.
     """
 
     op_type: str
     operands: tuple[Operand, ...]
     transpose: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    batched: bool = False
+    name: str | None = None
 
 
 ONNX: tuple[OnnxKind, ...] = (
     OnnxKind("Conv", _weight(1, 0)),
     OnnxKind("ConvTranspose", _weight(1, 0, 1)),
     OnnxKind("Gemm", (Operand(1, "B", 1, 1), Operand(0, "A", 0, 0)), {1: "transB", 0: "transA"}),
-    OnnxKind("MatMul", (Operand(1, "B", -1, -1), Operand(0, "A", -2, -2))),
+    OnnxKind("MatMul", (Operand(1, "B", -1, -1), Operand(0, "A", -2, -2)), batched=True),
+    OnnxKind("Gather", (Operand(0, "data", 0, 0),), name="Embedding"),
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OnnxListed:
+    """An ONNX operator whose weights are reported and left alone.
+
+    Attributes:
+        positions: inputs that may be a weight.
+        reason: why it is not split.
+    """
+
+    positions: tuple[int, ...]
+    reason: str
+
+
+_QUANTIZED = "it is quantized"
+
+ONNX_LISTED: Mapping[str, OnnxListed] = {
+    "LSTM": OnnxListed((1, 2), "LSTM weights are not split in ONNX files"),
+    "GRU": OnnxListed((1, 2), "GRU weights are not split in ONNX files"),
+    "RNN": OnnxListed((1, 2), "RNN weights are not split in ONNX files"),
+    "Einsum": OnnxListed((0, 1), "Einsum weights are not split in ONNX files"),
+    "DeformConv": OnnxListed((1,), "DeformConv weights are not split in ONNX files"),
+    "ConvInteger": OnnxListed((1,), _QUANTIZED),
+    "QLinearConv": OnnxListed((3,), _QUANTIZED),
+    "MatMulInteger": OnnxListed((1, 0), _QUANTIZED),
+    "QLinearMatMul": OnnxListed((3, 0), _QUANTIZED),
+    "com.microsoft.Attention": OnnxListed((1,), "com.microsoft Attention weights are not split"),
+    "com.microsoft.FusedConv": OnnxListed((1,), "com.microsoft FusedConv weights are not split"),
+    "com.microsoft.FusedGemm": OnnxListed((1, 0), "com.microsoft FusedGemm weights are not split"),
+    "com.microsoft.FusedMatMul": OnnxListed((1, 0), "com.microsoft FusedMatMul weights are not split"),
+    "com.microsoft.MoE": OnnxListed((2, 4, 6), "com.microsoft MoE weights are not split"),
+    "com.microsoft.QAttention": OnnxListed((1,), _QUANTIZED),
+    "com.microsoft.QMoE": OnnxListed((2, 5, 8), _QUANTIZED),
+    "com.microsoft.DynamicQuantizeMatMul": OnnxListed((1,), _QUANTIZED),
+    "com.microsoft.DynamicQuantizeLSTM": OnnxListed((1, 2), _QUANTIZED),
+    "com.microsoft.MatMulIntegerToFloat": OnnxListed((1, 0), _QUANTIZED),
+    "com.microsoft.MatMulNBits": OnnxListed((1,), _QUANTIZED),
+    "com.microsoft.MatMulBnb4": OnnxListed((1,), _QUANTIZED),
+}
+"""By operator, with its domain if that is not the default one."""

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from wnconvert.sites import Scheme
+from wnconvert.sites import SCHEMES, Scheme
 
 _PARAMETRIZED = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<leaf>[^.]+)\.original(?P<part>[01])")
 
@@ -86,9 +86,14 @@ def is_norm_shape(g: tuple[int, ...], v: tuple[int, ...]) -> bool:
 
 def _problem(name: str, g: str, v: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if g not in shapes or v not in shapes:
+        if f"{name}_orig" in shapes or f"{name}_u" in shapes:
+            return "spectral norm, which is no weight norm"
         return f"{v if g in shapes else g} is missing"
     if name in shapes:
         return f"{name} is there beside {g} and {v}"
+    other = next(key for scheme in SCHEMES for key in spell(name, scheme) if key not in (g, v))
+    if other in shapes:
+        return f"{other} is there beside {g} and {v}"
     if not is_norm_shape(shapes[g], shapes[v]):
         return f"{g} of shape {list(shapes[g])} is not the norm of {v} of shape {list(shapes[v])}"
     return None

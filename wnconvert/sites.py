@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from wnconvert.errors import UsageError
+from wnconvert.errors import PairError, UsageError
 
 Axis = int | tuple[int, ...] | None
 """The axis (or axes) that keep one magnitude per index; None for one magnitude in all."""
@@ -114,6 +114,27 @@ def g_shape(shape: Sequence[int], axis: Axis, groups: int = 1) -> tuple[int, ...
     return tuple(n if i in kept else 1 for i, n in enumerate(seen))
 
 
+def pair_axis(g_shape: Sequence[int], v_shape: Sequence[int], name: str = "weight") -> tuple[int, Axis]:
+    """Read off the shapes which axes `g` keeps: `(groups, axis)` as `split` takes them.
+
+    Raises:
+        PairError: no choice of axes gives `g` this shape.
+    """
+    g_shape, v_shape = tuple(g_shape), tuple(v_shape)
+    groups, seen = 1, v_shape
+    if v_shape and g_shape and len(g_shape) == len(v_shape) + 1 and g_shape[0] > 0 and v_shape[0] % g_shape[0] == 0:
+        groups, seen = g_shape[0], (g_shape[0], v_shape[0] // g_shape[0], *v_shape[1:])
+    if g_shape == ():
+        return 1, None
+    if len(g_shape) != len(seen) or any(a not in (1, b) for a, b in zip(g_shape, seen, strict=True)):
+        raise PairError(f"{name}: g of shape {list(g_shape)} and v of shape {list(v_shape)} are not a pair")
+    kept = tuple(i for i, (a, b) in enumerate(zip(g_shape, seen, strict=True)) if a == b != 1)
+    if not kept:
+        # One magnitude for the whole tensor. A layer with one output unit looks the same, and is the likelier reading.
+        return groups, 0 if seen[0] == 1 else ()
+    return groups, kept[0] if len(kept) == 1 else kept
+
+
 def resolve(
     uses: Iterable[Use],
     shape: Sequence[int],
@@ -195,17 +216,21 @@ class Selection:
                 raise UsageError(f"--kind {pattern!r} matches no weight; kinds found: {found}")
         return [self._mark(site) for site in sites]
 
-    def _mark(self, site: Site) -> Site:
+    def left_out(self, site: Site) -> str | None:
+        """Why the patterns leave a site out, or None if they choose it."""
         if self.exclude and _named(site, self.exclude):
-            return site.skipped("excluded")
+            return "excluded"
         if self.include and not _named(site, self.include):
-            return site.skipped("not included")
-        if self.kinds:
-            chosen = any(fnmatch.fnmatchcase(site.kind, pattern) for pattern in self.kinds)
-            return site if chosen else site.skipped("of another kind")
-        if site.state == "plain" and site.kind in OPT_IN:
-            return site.skipped(f"{OPT_IN[site.kind]}; --kind {site.kind} splits it")
-        return site
+            return "not included"
+        if self.kinds and not any(fnmatch.fnmatchcase(site.kind, pattern) for pattern in self.kinds):
+            return "of another kind"
+        return None
+
+    def _mark(self, site: Site) -> Site:
+        reason = self.left_out(site)
+        if reason is None and not self.kinds and site.state == "plain" and site.kind in OPT_IN:
+            reason = f"{OPT_IN[site.kind]}; --kind {site.kind} splits it"
+        return site.skipped(reason) if reason else site
 
 
 OPT_IN = {

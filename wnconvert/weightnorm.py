@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from wnconvert.errors import NotSplittable, PairError
-from wnconvert.sites import Axis, kept_axes
+from wnconvert.sites import Axis, kept_axes, pair_axis
+
+__all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MB in float64, which stays in the cache of one core."""
@@ -120,22 +122,23 @@ def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> T
     """
     groups, axis = pair_axis(g.shape, v.shape, name)
     if v.dtype not in DTYPES or g.dtype not in DTYPES:
-        raise PairError(f"{name}: g is {g.dtype} and v is {v.dtype}; both must be float64, float32, float16 or bfloat16")
-    g, v = g.detach(), v.detach()
+        raise PairError(
+            f"{name}: g is {g.dtype} and v is {v.dtype}; both must be float64, float32, float16 or bfloat16"
+        )
+    g, v = g.detach().reshape(-1), v.detach()
     w = torch.empty_like(v, memory_format=torch.preserve_format)
     view, kept, _ = _rows(v, axis, groups)
     out = _rows(w, axis, groups)[0]
-    first = 0
+    scratch = _scratch(v, block)
+    first, where = 0, f"{name}: row {{}}"
     for part, target in zip(_parts(view, kept, block), _parts(out, kept, block), strict=True):
-        norm = _norm(part, kept)
-        rows = norm.numel()
-        magnitude = g.reshape(-1)[first : first + rows].reshape(norm.shape)
-        where = f"{name}: row {{}}"
+        norm = _norm(part, kept, scratch)
+        magnitude = g[first : first + norm.numel()]
         _require(norm.isfinite(), PairError, f"{where} of v holds NaN or infinity", first)
         _require(magnitude.isfinite(), PairError, f"{where} of g is NaN or infinite", first)
         _require((norm != 0) | (magnitude == 0), PairError, f"{where} of v is zero but its g is not", first)
-        _fold_part(magnitude, part, norm, target, kept)
-        first += rows
+        _fold_part(magnitude, part, norm, target, kept, scratch)
+        first += norm.numel()
     return w
 
 
@@ -145,27 +148,6 @@ def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
     size = g.detach().double().abs()
     zero = int((size == 0).sum())
     return RowCounts(zero, int(((size < low) | (size > high)).sum()) - (zero if low > 0 else 0))
-
-
-def pair_axis(g_shape: Sequence[int], v_shape: Sequence[int], name: str = "weight") -> tuple[int, Axis]:
-    """Read off the shapes which axes `g` keeps: `(groups, axis)` as `split` takes them.
-
-    Raises:
-        PairError: no choice of axes gives `g` this shape.
-    """
-    g_shape, v_shape = tuple(g_shape), tuple(v_shape)
-    groups, seen = 1, v_shape
-    if v_shape and g_shape and len(g_shape) == len(v_shape) + 1 and g_shape[0] > 0 and v_shape[0] % g_shape[0] == 0:
-        groups, seen = g_shape[0], (g_shape[0], v_shape[0] // g_shape[0], *v_shape[1:])
-    if g_shape == ():
-        return 1, None
-    if len(g_shape) != len(seen) or any(a not in (1, b) for a, b in zip(g_shape, seen, strict=True)):
-        raise PairError(f"{name}: g of shape {list(g_shape)} and v of shape {list(v_shape)} are not a pair")
-    kept = tuple(i for i, (a, b) in enumerate(zip(g_shape, seen, strict=True)) if a == b != 1)
-    if not kept:
-        # One magnitude for the whole tensor. A layer with one output unit looks the same, and is the likelier reading.
-        return groups, 0 if seen[0] == 1 else ()
-    return groups, kept[0] if len(kept) == 1 else kept
 
 
 def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tensor | None = None) -> Tensor:
@@ -183,9 +165,11 @@ def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tens
     like = v if like is None else like
     # MPS has no float64; half types are summed in float32, 2^13 times finer than they are.
     exact = like.dtype in (torch.float32, torch.float64) and like.device.type != "mps"
-    norm = torch.linalg.vector_norm(
-        v, dim=reduced, keepdim=reduced is not None, dtype=torch.float64 if exact else torch.float32
-    )
+    wide = torch.float64 if exact else torch.float32
+    if reduced == ():
+        norm = v.abs().to(wide)
+    else:
+        norm = torch.linalg.vector_norm(v, dim=reduced, keepdim=reduced is not None, dtype=wide)
     if like.dtype == torch.float64 and like is v and not torch.compiler.is_compiling():
         # float64 has no wider type to hide the order of the additions in, so take the one norm that never changes.
         norm = norm + (_norm_like(norm, v, reduced) - norm).detach()
@@ -213,53 +197,71 @@ def _rows(w: Tensor, axis: Axis, groups: int) -> tuple[Tensor, int, tuple[int, .
     return w.permute(*kept, *reduced), len(kept), g_shape
 
 
+def _scratch(w: Tensor, block: int) -> Tensor:
+    """One float64 buffer for all the work: fresh memory for every block would scatter over the heap and add up."""
+    return torch.empty(max(min(block, w.numel()), _SEGMENT), dtype=torch.float64, device=w.device)
+
+
 def _parts(view: Tensor, kept: int, block: int) -> Iterator[Tensor]:
-    """Cut `view` into runs of whole rows, in order, each of at most `block` elements or a single row."""
-    if view.numel() <= block or kept == 0:
-        if math.prod(view.shape[:kept]):
+    """Cut `view` into single long rows or runs of whole short rows, in order, of at most `block` elements."""
+    rows = math.prod(view.shape[:kept])
+    if rows <= 1 or kept == 0:
+        if rows:
             yield view
         return
+    columns = view.numel() // rows
     inner = view[0].numel()
-    if inner > block and kept > 1:
+    if kept > 1 and (inner > block or columns > _SEGMENT):
         for i in range(view.shape[0]):
             for part in _parts(view[i], kept - 1, block):
                 yield part.unsqueeze(0)
         return
-    step = max(1, block // inner)
+    step = max(1, block // max(inner, 1)) if columns <= _SEGMENT else 1
     for i in range(0, view.shape[0], step):
         yield view[i : i + step]
 
 
 def _norms(view: Tensor, kept: int, block: int) -> Tensor:
     """The float64 norms of all rows, in order, as one axis."""
-    parts = [_norm(part, kept).flatten() for part in _parts(view, kept, block)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=view.device)
+    norms = torch.empty(math.prod(view.shape[:kept]), dtype=torch.float64, device=view.device)
+    scratch, first = _scratch(view, block), 0
+    for part in _parts(view, kept, block):
+        norm = _norm(part, kept, scratch)
+        norms[first : first + norm.numel()] = norm
+        first += norm.numel()
+    return norms
 
 
-def _norm(part: Tensor, kept: int) -> Tensor:
-    """The float64 norm of each row, in the shape of the kept axes."""
-    shape, rows = part.shape[:kept], math.prod(part.shape[:kept])
+def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
+    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`."""
+    rows = math.prod(part.shape[:kept])
     columns = part.numel() // rows
     if columns == 0:
-        return torch.zeros(shape, dtype=torch.float64, device=part.device)
+        return torch.zeros(rows, dtype=torch.float64, device=part.device)
     # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
     exponent = _exponents(part, kept).reshape(rows, 1) if part.dtype == torch.float64 else None
-    if rows == 1:
-        part = part.reshape(part.shape[kept:]) if kept else part
-        segments = (
-            torch.cat([piece.reshape(1, -1) for piece in _pieces(part, i, min(i + _SEGMENT, columns))], 1).double()
-            for i in range(0, columns, _SEGMENT)
-        )
-    else:
-        whole = part.reshape(rows, columns)
-        segments = (whole[:, i : i + _SEGMENT].double() for i in range(0, columns, _SEGMENT))
-    norm = _tree(torch.stack([_tree(_square(segment, exponent)) for segment in segments], 1)).sqrt()
-    return (norm if exponent is None else _ldexp(norm, exponent[:, 0])).reshape(shape)
+    sums = torch.empty(rows, -(-columns // _SEGMENT), dtype=torch.float64, device=part.device)
+    for i in range(sums.shape[1]):
+        start, stop = i * _SEGMENT, min((i + 1) * _SEGMENT, columns)
+        segment = scratch[: rows * (stop - start)]
+        if rows > 1:
+            segment.view(part.shape).copy_(part)
+        else:
+            _copy_range(part, start, stop, segment)
+        segment = segment.view(rows, -1)
+        if exponent is not None:
+            segment.copy_(_ldexp(segment, -exponent))
+        sums[:, i] = _tree(segment.square_())
+    norm = _tree(sums).sqrt()
+    return norm if exponent is None else _ldexp(norm, exponent[:, 0])
 
 
-def _square(x: Tensor, exponent: Tensor | None) -> Tensor:
-    """Square a float64 copy in place, or a scaled copy of float64 data."""
-    return x.square_() if exponent is None else _ldexp(x, -exponent).square_()
+def _copy_range(part: Tensor, start: int, stop: int, target: Tensor) -> None:
+    """Copy the elements `start..stop` of `part`, in row-major order, into a flat target."""
+    first = 0
+    for piece in _pieces(part, start, stop):
+        target[first : first + piece.numel()].view(piece.shape).copy_(piece)
+        first += piece.numel()
 
 
 def _tree(x: Tensor) -> Tensor:
@@ -282,8 +284,13 @@ def _exponents(part: Tensor, kept: int) -> Tensor:
 
 def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
     """`x * 2**exponent` in float64, in two steps because 2**1074 is not a float64. Exact unless the result is not."""
+    first, second = _powers(exponent)
+    return x * first * second
+
+
+def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:
     half = torch.div(exponent, 2, rounding_mode="floor")
-    return x * torch.pow(2.0, half.double()) * torch.pow(2.0, (exponent - half).double())
+    return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
 
 
 def _pieces(view: Tensor, start: int, stop: int) -> Iterator[Tensor]:
@@ -305,33 +312,43 @@ def _pieces(view: Tensor, start: int, stop: int) -> Iterator[Tensor]:
         yield from _pieces(view[stop // inner], 0, stop % inner)
 
 
-def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, kept: int) -> None:
-    """Write the folded rows of one part into `out`, a piece at a time if it is one long row."""
+def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, kept: int, scratch: Tensor) -> None:
+    """Write the folded rows of one part into `out`, a piece at a time if it is one long row. Overwrites `scratch`."""
+    multiply, divide = _factors(g, norm, v.dtype)
+    # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
+    wide = (multiply.abs() > 2.0**400) | (divide > 2.0**400) | (divide < 2.0**-400)
+    extreme = v.dtype == torch.float64 and bool(wide.any())
+    if norm.numel() > 1:
+        shape = (*v.shape[:kept], *(1,) * (v.dim() - kept))
+        multiply, divide, wide = (t.reshape(shape) for t in (multiply, divide, wide))
+        ranges = [(0, v.numel())] if v.numel() else []
+    else:
+        multiply, divide, wide = (t.reshape(()) for t in (multiply, divide, wide))
+        ranges = [(i, min(i + _SEGMENT, v.numel())) for i in range(0, v.numel(), _SEGMENT)]
+    for start, stop in ranges:
+        for x, y in zip(_pieces(v, start, stop), _pieces(out, start, stop), strict=True):
+            w = scratch[: x.numel()].view(x.shape).copy_(x).mul_(multiply).div_(divide)
+            y.copy_(torch.where(wide, multiply * (x / divide), w) if extreme else w)
+
+
+def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Per row, what to multiply `v` by and then divide it by: `(g, ||v||)`, or a pair that gives `w` exactly.
+
+    - Where `g` is the rounded norm, nothing has trained: `(1, 1)`.
+    - Where `v` is zero, `g` is zero too, and so is the weight: `(g, 1)`.
+    - Where `split` scaled `v` by a power of two: that power, taken back.
+    """
+    multiply = g.double()
+    divide = torch.where(norm == 0, 1.0, norm)
     fresh = norm.to(g.dtype) == g
-    # A zero row of v has g == 0 here: its weight is zero, not 0/0.
-    safe = torch.where(norm == 0, 1.0, norm)
-    power = _power_of_two(g, norm, v.dtype)
-    long = norm.numel() == 1
-    rows = [t.reshape(() if long else (*t.shape, *(1,) * (v.dim() - kept))) for t in (g.double(), safe, fresh, power)]
-    any_fresh, any_power = bool(fresh.any()), bool(power.any())
-    step = BLOCK if long else max(v.numel(), 1)
-    for i in range(0, v.numel(), step):
-        stop = min(i + step, v.numel())
-        for x, y in zip(_pieces(v, i, stop), _pieces(out, i, stop), strict=True):
-            magnitude, length, same, exponent = rows
-            w = _formula(magnitude, x, length)
-            if any_power:
-                w = torch.where(exponent != 0, _ldexp(x.double(), exponent), w)
-            # Every float64 copy of an element of v rounds back to that element.
-            y.copy_(torch.where(same, x.double(), w) if any_fresh else w)
-
-
-def _formula(g: Tensor, v: Tensor, norm: Tensor) -> Tensor:
-    if v.dtype != torch.float64:
-        return v.double().mul_(g).div_(norm)
-    # g * v may leave the range although the weight does not; v / ||v|| cannot.
-    wide = (g.abs() > 2.0**400) | (norm > 2.0**400) | (norm < 2.0**-400)
-    return torch.where(wide, g * (v / norm), g * v / norm)
+    power = _power_of_two(g, norm, dtype)
+    first, second = _powers(power)
+    for exact, factor, divisor in (
+        (fresh, torch.ones_like(norm), torch.ones_like(norm)),
+        (power != 0, first, 1 / second),
+    ):
+        multiply, divide = torch.where(exact, factor, multiply), torch.where(exact, divisor, divide)
+    return multiply, divide
 
 
 def _power_of_two(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:

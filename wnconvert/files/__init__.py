@@ -13,8 +13,8 @@ from typing import Protocol
 
 from wnconvert.carriers import Carrier
 from wnconvert.errors import InputError
+from wnconvert.files import sniff
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
-
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,14 +88,30 @@ def read(path: Path, options: ReadOptions = ReadOptions()) -> Document:
     Raises:
         InputError: it does not exist, is damaged, or is of no known format.
     """
+    module = importlib.import_module(recognise(path).module)
+    document: Document = module.read(path, options)
+    return document
+
+
+def recognise(path: Path) -> Format:
+    """Tell the format of a file, by content where possible.
+
+    Raises:
+        InputError: it does not exist, or is of no known format.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file")
     for row in FORMATS:
-        module = importlib.import_module(row.module)
-        if module.recognise(path):
-            document: Document = module.read(path, options)
-            return document
+        if importlib.import_module(row.module).recognise(path):
+            return row
+    described = sniff.describe(path)
+    if described is not None:
+        raise InputError(f"{path} {described}")
     known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
     raise InputError(f"{path}: not a model file of a known format ({known})")
 
 
+def format_of_name(name: str) -> Format | None:
+    """Tell the format that a file of this name is expected to have, or None if its suffix says nothing."""
+    rows = [(suffix, row) for row in FORMATS for suffix in row.suffixes if name.endswith(suffix)]
+    return max(rows, key=lambda found: len(found[0]))[1] if rows else None

@@ -31,14 +31,21 @@ class Staging:
         self.folder = Path(made)
         return self
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every staged file, by its final name."""
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in self._files()}
+
     def commit(self) -> None:
         """Move every staged file to its final name, flushed to disk, the target last."""
-        staged = sorted(self.folder.iterdir(), key=lambda path: path.name == self.target.name)
-        for path in staged:
-            if path.is_symlink():
-                continue
+        for path in sorted(self._files(), key=lambda path: path.name == self.target.name):
+            final = self.target.parent / path.relative_to(self.folder)
+            final.parent.mkdir(parents=True, exist_ok=True)
             _flush(path)
-            os.replace(path, self.target.with_name(path.name))
+            path.replace(final)
+
+    def _files(self) -> list[Path]:
+        # Links stand for files that already are where they belong.
+        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -46,6 +53,14 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise InputError(f"{self.target}: cannot be written ({error.strerror or error})") from error
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
 
 
 def _flush(path: Path) -> None:

@@ -69,7 +69,9 @@ class Report:
         walker: what found the sites.
         walker_note: why a weaker walker was used.
         input, output, format: of a file conversion.
+        files: the size in bytes of every file written, by name.
         weights_verified: the result was read back and every weight has the bits it must have; None if not checked.
+        tensors_verified: number of tensors compared for that.
         outputs: the output check, where the format can be run.
         notes: lines worth a person's attention.
     """
@@ -81,7 +83,9 @@ class Report:
     input: str | None = None
     output: str | None = None
     format: str | None = None
+    files: dict[str, int] = dataclasses.field(default_factory=dict)
     weights_verified: bool | None = None
+    tensors_verified: int = 0
     outputs: OutputCheck | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -104,8 +108,10 @@ class Report:
             "walker_note": self.walker_note,
             "sites": [_row_json(row) for row in self.rows],
             "counts": {action: self.count(action) for action in ("split", "folded", "renamed", "listed", "skipped")},
+            "files": self.files,
             "verified": {
                 "weights": self.weights_verified,
+                "tensors": self.tensors_verified,
                 "outputs": None if self.outputs is None else dataclasses.asdict(self.outputs),
             },
             "notes": self.notes,

@@ -1,0 +1,171 @@
+"""The Python API. Modules change in place, dicts come back new: use what is returned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from wnconvert import convert, jobs
+from wnconvert.carriers.module import ModuleCarrier
+from wnconvert.errors import NothingToDo
+from wnconvert.files import ReadOptions
+from wnconvert.loading import load_into
+from wnconvert.report.model import Report
+from wnconvert.sites import Dim, Scheme, Selection, Site
+
+Model = TypeVar("Model", nn.Module, Mapping[str, Any])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result(Generic[Model]):
+    """A converted network and what was done to it."""
+
+    model: Model
+    report: Report
+
+
+def find(model: nn.Module | Mapping[str, Any], *, dim: Dim = "torch") -> list[Site]:
+    """List every weight of a module or state dict that is or could be split, and the ones that cannot, with reasons.
+
+    Args:
+        model: a module, or a state dict (then kinds are inferred from the keys).
+        dim: which axis to keep: `torch` as torch.nn.utils would, `out` for the output unit, an axis, or None.
+    """
+    return _carrier(model).sites(dim)
+
+
+def apply(
+    model: Model,
+    *,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    kinds: str | Sequence[str] = (),
+    dim: Dim = "torch",
+    names: Scheme = "legacy",
+) -> Result[Model]:
+    """Split the weights of every Linear, convolution, recurrent and attention layer into magnitude and direction.
+
+    The function stays the same, bit for bit. A second call changes nothing and says so in the report. Build the
+    optimizer after this call: the parameters are new.
+
+    Args:
+        model: a module, changed in place, or a state dict, which is left alone.
+        include: shell globs on names such as `encoder.*`; all if empty.
+        exclude: shell globs on names; they win.
+        kinds: shell globs on kinds such as `Conv*`; every kind but embeddings if empty.
+        dim: see `find`.
+        names: how the keys of a state dict are spelled. A module always writes legacy keys.
+
+    Raises:
+        UsageError: a glob matches nothing.
+        InputError: a lazy layer has no shape yet.
+    """
+    carrier = _carrier(model)
+    selection = _selection(include, exclude, kinds)
+    try:
+        report = convert.apply(carrier, selection=selection, dim=dim, names=names)
+    except NothingToDo as nothing:
+        report = _report_of(nothing)
+    return Result(_result(model, carrier), report)
+
+
+def fold(
+    model: Model,
+    *,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    kinds: str | Sequence[str] = (),
+) -> Result[Model]:
+    """Multiply every split weight back into a plain one: ours, torch's legacy hooks and torch's parametrizations.
+
+    A network with nothing to fold is returned as it is, and the report lists no folded site.
+
+    Args:
+        model: a module, changed in place, or a state dict, which is left alone.
+        include, exclude, kinds: see `apply`.
+
+    Raises:
+        PairError: a pair holds NaN, infinity, or a zero direction with a magnitude.
+        UsageError: a glob matches nothing.
+    """
+    # What is split is known without a trace.
+    carrier = _carrier(model, trace=False)
+    try:
+        report = convert.fold(carrier, selection=_selection(include, exclude, kinds))
+    except NothingToDo as nothing:
+        report = _report_of(nothing)
+    if isinstance(carrier, ModuleCarrier):
+        carrier.clean()
+    return Result(_result(model, carrier), report)
+
+
+def convert_file(
+    path: str | Path,
+    output: str | Path | None = None,
+    command: str = "fold",
+    *,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    kinds: str | Sequence[str] = (),
+    dim: Dim = "torch",
+    names: Scheme = "legacy",
+    arch: str | None = None,
+    drop_optimizer: bool = False,
+    unsafe_load: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    check: bool = True,
+) -> Report:
+    """Convert a file, as the command line does. See `jobs.convert_file` for the errors.
+
+    Args:
+        path: a checkpoint, a pickled module, a safetensors file or an ONNX model.
+        output: where the result goes; `model.folded.pt` and the like beside the input if None.
+        command: `apply`, `fold` or `rename`.
+        include, exclude, kinds, dim, names: see `apply`.
+        arch: builds the module that the checkpoint belongs to.
+        drop_optimizer: leave out optimizer state.
+        unsafe_load: unpickle whole modules, which can run code.
+        dry_run: report only.
+        overwrite: replace an existing output.
+        check: read the result back and compare before it appears under its name.
+    """
+    job = jobs.Job(
+        command=command,
+        selection=_selection(include, exclude, kinds),
+        dim=dim,
+        names=names,
+        reading=ReadOptions(unsafe_load, arch, drop_optimizer),
+        dry_run=dry_run,
+        overwrite=overwrite,
+        check=check,
+    )
+    return jobs.convert_file(Path(path), None if output is None else Path(output), job)
+
+
+def _carrier(model: nn.Module | Mapping[str, Any], *, trace: bool = True) -> Any:
+    if isinstance(model, nn.Module):
+        return ModuleCarrier(model, trace=trace)
+    from wnconvert.files.torch_file import carrier_of
+
+    return carrier_of(model)
+
+
+def _result(model: Model, carrier: Any) -> Model:
+    return model if isinstance(model, nn.Module) else carrier.rebuild()
+
+
+def _selection(include: str | Sequence[str], exclude: str | Sequence[str], kinds: str | Sequence[str]) -> Selection:
+    return Selection(*(((value,) if isinstance(value, str) else tuple(value)) for value in (include, exclude, kinds)))
+
+
+def _report_of(nothing: NothingToDo) -> Report:
+    assert nothing.report is not None
+    return nothing.report
+
+
+__all__ = ["Result", "apply", "convert_file", "find", "fold", "load_into"]

@@ -1,0 +1,227 @@
+"""A live `nn.Module` as a carrier. It changes in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from wnconvert import layers, weightnorm
+from wnconvert.carriers import module_forms as forms
+from wnconvert.carriers.module_forms import SplitWeight
+from wnconvert.errors import InputError, PairError, UsageError
+from wnconvert.sites import Dim, Scheme, Site, Use, resolve
+from wnconvert.walk import fx, modules
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Owner:
+    """A module and the name of one of its weights."""
+
+    module: nn.Module
+    name: str
+
+
+class ModuleCarrier:
+    """Fulfils `Carrier` for a network in memory.
+
+    Sites come from torch.fx where it can trace the network, which also shows weights used by functions, and from the
+    tree of modules, which also shows layers that the traced path does not reach.
+    """
+
+    def __init__(self, module: nn.Module, *, trace: bool = True) -> None:
+        self.module = module
+        self.walker = "modules"
+        self.walker_note: str | None = None
+        self._traced: fx.Trace | None = None
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise InputError(f"{name}: a lazy layer has no shape yet; run one forward pass before converting")
+        if trace and modules.kind_of(module) is None:
+            self._trace()
+
+    def _trace(self) -> None:
+        try:
+            self._traced = fx.trace(self.module)
+            self.walker = "fx"
+        except fx.TraceFailed as error:
+            self.walker_note = f"torch.fx cannot trace it ({error})"
+
+    def sites(self, dim: Dim) -> list[Site]:
+        split = self._split()
+        uses: dict[str, list[Use]] = {}
+        for use in modules.find_uses(self.module, split):
+            uses.setdefault(use.root, []).append(self._mark_unreached(use))
+        for use in self._traced.uses if self._traced else ():
+            uses.setdefault(use.root, []).append(use)
+        for name in split:
+            uses.setdefault(name, [])
+        found = []
+        for names in self._tied(uses):
+            everywhere = [dataclasses.replace(use, root=names[0]) for name in names for use in uses.get(name, ())]
+            # An embedding that shares its table with a layer follows that layer.
+            layer_uses = [use for use in everywhere if use.kind != "Embedding"] or everywhere
+            first, ties = names[0], tuple(names[1:])
+            if first in split:
+                found.append(self._split_site(first, split[first], layer_uses, ties))
+            else:
+                found.append(self._plain_site(first, layer_uses, ties, dim))
+        return [*found, *self._foreign_sites()]
+
+    def read_weight(self, site: Site) -> Tensor:
+        owner = self._owner(site.name)
+        weight = owner.module._parameters[owner.name]
+        assert weight is not None
+        return weight.detach()
+
+    def read_pair(self, site: Site) -> tuple[Tensor, Tensor]:
+        owner = self._owner(site.name)
+        layers.settle(owner.module)
+        pair = forms.split_weights(owner.module)[owner.name]
+        return pair.g.detach(), pair.v.detach()
+
+    def g_dtype(self, site: Site) -> torch.dtype | None:
+        return None
+
+    def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
+        if scheme != "legacy":
+            raise UsageError(
+                "a module writes legacy keys (weight_g, weight_v), which torch's parametrizations load too"
+            )
+        owner = self._owner(site.name)
+        trains = getattr(owner.module._parameters[owner.name], "requires_grad", True)
+        pair = nn.Parameter(g, trains), nn.Parameter(v, trains)
+        reduced = layers.reduced_axes(site.axis, len(site.shape), site.groups)
+        for name in (site.name, *site.tied):
+            owner = self._owner(name)
+            layers.attach(owner.module, owner.name, layers.Spec(site.kind, site.axis, site.groups, reduced), *pair)
+
+    def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
+        value = weight()
+        owner = self._owner(site.name)
+        pair = forms.split_weights(owner.module)[owner.name]
+        parameter = nn.Parameter(value, pair.g.requires_grad or pair.v.requires_grad)
+        for name in (site.name, *site.tied):
+            owner = self._owner(name)
+            form = forms.split_weights(owner.module)[owner.name].form
+            forms.remove(owner.module, owner.name, form, parameter)
+
+    def rename(self, site: Site, scheme: Scheme) -> None:
+        raise UsageError("a module in memory cannot be renamed: fold it, or rename its saved state dict")
+
+    def effective(self) -> Mapping[str, Callable[[], Tensor]]:
+        tensors: dict[str, Callable[[], Tensor]] = {}
+        split = self._split()
+        hidden = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        named = (*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers())
+        for name, tensor in named:
+            if id(tensor) not in hidden:
+                tensors[name] = tensor.detach
+        for name, pair in split.items():
+            tensors[name] = _Fold(name, pair)
+        return tensors
+
+    def clean(self) -> None:
+        """Remove what torch leaves behind when it removes a parametrized weight norm."""
+        for module in self.module.modules():
+            forms.remove_leftover_hooks(module)
+
+    def _split(self) -> dict[str, SplitWeight]:
+        found = {}
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            for name, pair in forms.split_weights(module).items():
+                found[f"{path}.{name}".lstrip(".")] = pair
+        return found
+
+    def _split_site(self, name: str, pair: SplitWeight, uses: list[Use], tied: tuple[str, ...]) -> Site:
+        owner = self._owner(name)
+        problem, groups, axis = pair.problem, 1, None
+        if problem is None:
+            try:
+                groups, axis = weightnorm.pair_axis(pair.g.shape, pair.v.shape, name)
+            except PairError as error:
+                problem = str(error)
+        kind = layers.spec_of(owner.module, owner.name).kind if pair.form == "wnconvert" else "Unknown"
+        return Site(
+            name=name,
+            kind=uses[0].kind if uses else kind,
+            shape=tuple(pair.v.shape),
+            dtype=_dtype_name(pair.v),
+            axis=axis,
+            groups=groups,
+            state="split",
+            scheme=pair.scheme,
+            uses=tuple(use.where for use in uses),
+            tied=tied,
+            skip=problem,
+        )
+
+    def _plain_site(self, name: str, uses: list[Use], tied: tuple[str, ...], dim: Dim) -> Site:
+        owner = self._owner(name)
+        weight = owner.module._parameters[owner.name]
+        assert weight is not None
+        site = resolve(uses, tuple(weight.shape), _dtype_name(weight), dim=dim, tied=tied)
+        if weight.is_meta:
+            return site.skipped("has no data (meta device)")
+        if type(weight) is not nn.Parameter:
+            return site.skipped(f"held as a {type(weight).__name__}, which may not be replaced")
+        return site
+
+    def _foreign_sites(self) -> list[Site]:
+        found = []
+        for path, module in self.module.named_modules():
+            for name, reason in forms.other_parametrizations(module).items():
+                kind = modules.kind_of(module)
+                weight = getattr(module, name)
+                full = f"{path}.{name}".lstrip(".")
+                shape, dtype = tuple(weight.shape), _dtype_name(weight)
+                found.append(Site(full, kind.name if kind else "Unknown", shape, dtype, None, skip=reason))
+        return found
+
+    def _tied(self, uses: Mapping[str, object]) -> list[list[str]]:
+        """Group names by the tensor they stand for, in the order of the uses, with names that nothing uses added."""
+        split = self._split()
+        everything: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        everything |= {name: pair.v for name, pair in split.items()}
+        groups: dict[object, list[str]] = {}
+        for name, tensor in everything.items():
+            groups.setdefault(_identity(tensor), []).append(name)
+        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        found: dict[object, list[str]] = {}
+        for name in uses:
+            key = _identity(everything[name])
+            same = [n for n in groups[key] if n in split or id(everything[n]) not in halves]
+            found.setdefault(key, [name, *(n for n in same if n != name)])
+        return list(found.values())
+
+    def _mark_unreached(self, use: Use) -> Use:
+        if self._traced is None or use.where in self._traced.called or "." not in use.root:
+            return use
+        return dataclasses.replace(use, where=f"{use.where} (not in the trace)")
+
+    def _owner(self, name: str) -> _Owner:
+        path, _, leaf = name.rpartition(".")
+        return _Owner(self.module.get_submodule(path), leaf)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fold:
+    name: str
+    pair: SplitWeight
+
+    def __call__(self) -> Tensor:
+        return weightnorm.fold(self.pair.g, self.pair.v, name=self.name)
+
+
+def _identity(tensor: Tensor) -> object:
+    """The same for every name of one tensor, also where two parameters share one piece of memory."""
+    if tensor.is_meta or tensor.numel() == 0 or type(tensor) is not nn.Parameter:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

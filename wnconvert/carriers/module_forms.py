@@ -1,0 +1,141 @@
+"""The three ways a live module may hold a split weight: ours, torch's legacy hooks, torch's parametrizations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from wnconvert import layers
+from wnconvert.names import is_norm_shape, spell
+from wnconvert.sites import Scheme
+
+Form = Literal["wnconvert", "legacy", "parametrized"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SplitWeight:
+    """A split weight of one module.
+
+    Attributes:
+        form: who split it.
+        g, v: the parameters.
+        problem: why it cannot be folded, or None.
+    """
+
+    form: Form
+    g: nn.Parameter
+    v: nn.Parameter
+    problem: str | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """How its keys are spelled in a state dict."""
+        return "parametrized" if self.form == "parametrized" else "legacy"
+
+
+def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
+    """Every split weight of this very module, by the name of the plain weight."""
+    found: dict[str, SplitWeight] = {}
+    for name in layers.split_names(module):
+        found[name] = _pair(module._parameters, spell(name, "legacy"), "wnconvert")
+    for _, hook in _legacy_hooks(module):
+        found[hook.name] = _pair(module._parameters, spell(hook.name, "legacy"), "legacy")
+    for name, chain in _parametrizations(module):
+        if isinstance(chain[0], _WeightNorm):
+            problem = None if len(chain) == 1 else "other parametrizations are stacked on it"
+            found[name] = _pair(chain._parameters, ("original0", "original1"), "parametrized", problem)
+    return found
+
+
+def other_parametrizations(module: nn.Module) -> dict[str, str]:
+    """Weights held by something that is not weight norm, with the reason to leave them alone."""
+    found = {}
+    for name, chain in _parametrizations(module):
+        if not isinstance(chain[0], _WeightNorm):
+            found[name] = f"parametrized by {type(chain[0]).__name__.lstrip('_')}, which is not weight norm"
+    for name in module._parameters:
+        if name.endswith("_orig") and name.removesuffix("_orig") + "_u" in module._buffers:
+            found[name.removesuffix("_orig")] = "holds a spectral norm, which is not weight norm"
+    return found
+
+
+def remove(module: nn.Module, name: str, form: Form, weight: nn.Parameter) -> None:
+    """Replace a split weight of any form by a plain parameter, leaving nothing of the form behind."""
+    if form == "wnconvert":
+        layers.detach(module, name, weight)
+        return
+    if form == "legacy":
+        _remove_legacy(module, name)
+    else:
+        _remove_parametrization(module, name)
+    layers.restore_parameter(module, name, weight)
+
+
+def remove_leftover_hooks(module: nn.Module) -> None:
+    """Drop the load hooks that torch leaves behind when a parametrized weight norm is removed.
+
+    They are local functions, so a module that keeps one cannot be pickled (pytorch#137409).
+    """
+    held = {name for name, _ in _parametrizations(module)}
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        function: Any = getattr(hook, "hook", hook)
+        if not getattr(function, "__qualname__", "").startswith("weight_norm.<locals>."):
+            continue
+        closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if "name" not in closure or closure["name"].cell_contents not in held:
+            del module._load_state_dict_pre_hooks[key]
+
+
+def _pair(
+    parameters: dict[str, nn.Parameter | None], keys: tuple[str, str], form: Form, problem: str | None = None
+) -> SplitWeight:
+    g, v = (parameters[key] for key in keys)
+    assert g is not None and v is not None
+    if problem is None and not is_norm_shape(tuple(g.shape), tuple(v.shape)):
+        problem = f"g of shape {list(g.shape)} is not the norm of v of shape {list(v.shape)}"
+    return SplitWeight(form, g, v, problem)
+
+
+def _legacy_hooks(module: nn.Module) -> Iterator[tuple[int, WeightNorm]]:
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, WeightNorm):
+            yield key, hook
+
+
+def _parametrizations(module: nn.Module) -> Iterator[tuple[str, parametrize.ParametrizationList]]:
+    held = module._modules.get("parametrizations")
+    if isinstance(held, nn.ModuleDict):
+        for name, chain in held.items():
+            if isinstance(chain, parametrize.ParametrizationList):
+                yield name, chain
+
+
+def _remove_legacy(module: nn.Module, name: str) -> None:
+    for key, hook in list(_legacy_hooks(module)):
+        if hook.name == name:
+            del module._forward_pre_hooks[key]
+    for key_name in spell(name, "legacy"):
+        del module._parameters[key_name]
+    # The hook keeps the last computed weight as a plain attribute.
+    module.__dict__.pop(name, None)
+
+
+def _remove_parametrization(module: nn.Module, name: str) -> None:
+    held = module._modules["parametrizations"]
+    assert isinstance(held, nn.ModuleDict)
+    del held[name]
+    cls = type(module)
+    if len(held) == 0:
+        del module._modules["parametrizations"]
+        module.__class__ = cls.__bases__[0]
+    else:
+        # A deep copy shares this class: deleting the property from it, as torch does, would break the original.
+        rest = {key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, rest)
+    remove_leftover_hooks(module)

@@ -1,0 +1,100 @@
+"""The numbers of a TensorProto that holds its own data, in whichever of its fields they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+from wnconvert.errors import InputError
+
+FLOATS: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+"""Types a weight can have."""
+
+HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+_TORCH: dict[int, torch.dtype] = FLOATS | {
+    TensorProto.INT8: torch.int8,
+    TensorProto.INT16: torch.int16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.BOOL: torch.bool,
+}
+
+_SPELLED: dict[str, str] = {"float": "float32", "double": "float64"}
+_TYPED: dict[int, str] = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data"}
+_BITS: dict[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(tensor: TensorProto) -> str:
+    """The dtype as torch and numpy spell it, `float32`."""
+    spelled = str(TensorProto.DataType.Name(tensor.data_type)).lower()
+    return _SPELLED.get(spelled, spelled)
+
+
+def itemsize(tensor: TensorProto) -> int:
+    """Bytes of one element; sub-byte types count as one."""
+    return int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def from_bytes(tensor: TensorProto, data: bytearray | memoryview, offset: int = 0) -> Tensor:
+    """View raw little-endian data, as the tensor's own dtype and shape, without copying it."""
+    dtype = _TORCH.get(tensor.data_type, torch.uint8)
+    count = -1 if tensor.data_type not in _TORCH else int(np.prod(tensor.dims, dtype=np.int64))
+    if count == 0 or len(data) == offset:
+        return torch.zeros(tuple(tensor.dims), dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+    return flat.reshape(tuple(tensor.dims)) if tensor.data_type in _TORCH else flat
+
+
+def read_inline(tensor: TensorProto) -> Tensor:
+    """Return a copy of the data: in the tensor's dtype and shape, or as flat bytes for a type torch does not have.
+
+    Raises:
+        InputError: the data does not fill the shape.
+    """
+    try:
+        array = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(tuple(tensor.dims))
+    except ValueError as error:
+        raise InputError(f"{tensor.name or 'a constant'}: its data does not fit its shape ({error})") from error
+    if array.size == 0:
+        return torch.zeros(tuple(tensor.dims), dtype=_TORCH.get(tensor.data_type, torch.uint8))
+    return from_bytes(tensor, bytearray(array.tobytes()))
+
+
+def write_inline(tensor: TensorProto, data: Tensor) -> None:
+    """Replace the elements of a float tensor that differ in any bit, in the field that holds them."""
+    data = data.contiguous()
+    if tensor.HasField("raw_data"):
+        tensor.raw_data = to_bytes(data)
+        return
+    kind = _BITS[data.element_size()]
+    bits, present = data.view(kind).flatten(), read_inline(tensor).view(kind).flatten()
+    values, field = data.flatten(), getattr(tensor, _TYPED.get(tensor.data_type, "int32_data"))
+    for i in (bits != present).nonzero().flatten().tolist():
+        # The type of a half is stored in an integer field, as its bits without a sign.
+        field[i] = values[i].item() if tensor.data_type in _TYPED else int(bits[i]) & 0xFFFF
+
+
+def to_bytes(data: Tensor) -> bytes:
+    """The elements in row-major order."""
+    return data.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def make(name: str, data: Tensor) -> TensorProto:
+    """A new tensor with raw data. `data` is float32, float64 or int64."""
+    return numpy_helper.from_array(data.contiguous().numpy(), name)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two float tensors of one shape and dtype are equal, -0.0 and 0.0 told apart."""
+    kind = _BITS[a.element_size()]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))

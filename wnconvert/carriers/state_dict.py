@@ -1,0 +1,284 @@
+"""The tensors of a checkpoint, with no model code: an ordered list of entries in, an ordered list of entries out.
+
+Nothing is computed or read until a tensor is asked for, and nothing here imports torch before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from wnconvert import names
+from wnconvert.files.entries import Entry
+from wnconvert.names import Pair
+from wnconvert.sites import Dim, Scheme, Site, Use, pair_axis, resolve
+from wnconvert.walk import keys
+from wnconvert.walk.keys import Guess, Weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+class Walker(Protocol):
+    """Tells the layer of each weight of a checkpoint.
+
+    Attributes:
+        name: see `Carrier.walker`.
+        note: see `Carrier.walker_note`. Known once `find` has run.
+    """
+
+    name: str
+    note: str | None
+
+    def find(self, weights: Mapping[str, Weight]) -> Mapping[str, Guess]:
+        """Guess at every weight, by plain name. What it leaves out is not a layer's weight."""
+
+
+class KeyWalker:
+    """Goes by the names and shapes alone."""
+
+    name = "keys"
+    note: str | None = None
+
+    def find(self, weights: Mapping[str, Weight]) -> Mapping[str, Guess]:
+        """See `wnconvert.walk.keys.find`."""
+        return keys.find(weights)
+
+
+class StateDictCarrier:
+    """Entries of a checkpoint. A pair stands where its weight stood, a weight where the first of its pair stood."""
+
+    def __init__(self, entries: Iterable[Entry], *, others: Iterable[Entry] = (), walker: Walker | None = None) -> None:
+        """Take the entries of a file.
+
+        Args:
+            entries: the tensors of its networks, in order, under unique names.
+            others: tensors that are no weights (optimizer state): kept, and compared by `verify`.
+            walker: tells the layers; goes by the keys if None.
+        """
+        self._walker = walker or KeyWalker()
+        self.walker, self.walker_note = self._walker.name, self._walker.note
+        # What stood at each position of the input, and what stands there now.
+        self._slots: list[list[Entry]] = [[entry] for entry in entries]
+        self._slot_of = {slot[0].name: i for i, slot in enumerate(self._slots)}
+        self._others = list(others)
+        self._read: tuple[str, Tensor] | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        """Every tensor as it stands now, in order."""
+        for slot in self._slots:
+            yield from slot
+
+    def slots(self) -> list[list[Entry]]:
+        """For each entry of the input, in its order, what stands there now."""
+        return self._slots
+
+    def sites(self, dim: Dim) -> list[Site]:
+        """See `Carrier.sites`."""
+        entries = {entry.name: entry for entry in self.entries()}
+        pairs = _pairs(entries)
+        weights = _plain_view(entries, pairs)
+        guesses = self._walker.find(weights)
+        self.walker, self.walker_note = self._walker.name, self._walker.note
+        ties: dict[Hashable, list[str]] = {}
+        for name in weights:
+            ties.setdefault(_alias(name, entries, pairs), []).append(name)
+        sites = []
+        for group in ties.values():
+            if any(name in guesses or name in pairs for name in group):
+                sites.append(_site(group, weights, guesses, entries, pairs, dim))
+        return sites
+
+    def read_weight(self, site: Site) -> Tensor:
+        """See `Carrier.read_weight`."""
+        weight = self._entry(site.name).load()
+        self._read = (site.name, weight)
+        return weight
+
+    def read_pair(self, site: Site) -> tuple[Tensor, Tensor]:
+        """See `Carrier.read_pair`."""
+        g, v = (self._entry(key).load() for key in _spelled(site))
+        return g, v
+
+    def magnitude(self, site: Site) -> Entry:
+        """The entry that holds g of a split site."""
+        return self._entry(_spelled(site)[0])
+
+    def g_dtype(self, site: Site) -> torch.dtype | None:
+        """None: a checkpoint stores g as the module does that will load it."""
+        return None
+
+    def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
+        """See `Carrier.put_pair`."""
+        unchanged = self._read is not None and self._read[0] == site.name and _same_memory(self._read[1], v)
+        self._read = None
+        load_g, load_v = _holding(g), _holding(v)
+        for name in (site.name, *site.tied):
+            old = self._entry(name)
+            g_name, v_name = names.spell(name, scheme)
+            magnitude = dataclasses.replace(
+                old, name=g_name, shape=tuple(g.shape), load=load_g, raw=None, alias=old.alias and ("g", old.alias)
+            )
+            direction = dataclasses.replace(old, name=v_name)
+            if not unchanged:
+                alias = old.alias and ("v", old.alias)
+                direction = dataclasses.replace(direction, load=load_v, raw=None, alias=alias)
+            self._replace(name, [magnitude, direction])
+
+    def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
+        """See `Carrier.put_weight`. The weight is computed when it is read or saved."""
+        for name in (site.name, *site.tied):
+            g, v = (self._entry(key) for key in names.spell(name, site.scheme or "legacy"))
+            alias = v.alias and ("w", v.alias)
+            folded = dataclasses.replace(v, name=name, load=weight, raw=None, alias=alias)
+            first, second = g, v
+            # In another container than v, g cannot stand for the weight: the bulk of the data stays where it was.
+            if g.home != v.home or self._position(v) < self._position(g):
+                first, second = v, g
+            self._replace(first.name, [folded])
+            self._replace(second.name, [])
+
+    def rename(self, site: Site, scheme: Scheme) -> None:
+        """See `Carrier.rename`."""
+        for name in (site.name, *site.tied):
+            before = names.spell(name, site.scheme or "legacy")
+            for old, new in zip(before, names.spell(name, scheme), strict=True):
+                self._replace(old, [dataclasses.replace(self._entry(old), name=new)])
+
+    def effective(self) -> Mapping[str, Callable[[], Tensor]]:
+        """See `Carrier.effective`."""
+        entries = {entry.name: entry for entry in self.entries()}
+        found: dict[str, Callable[[], Tensor]] = {}
+        halves = set()
+        for pair in _pairs(entries).values():
+            if pair.problem is None:
+                halves |= {pair.g, pair.v}
+                g, v = entries[pair.g].load, entries[pair.v].load
+                found[pair.name] = _Fold(pair.name, g, v)
+        found |= {name: entry.load for name, entry in entries.items() if name not in halves}
+        return found | {entry.name: entry.load for entry in self._others}
+
+    def _entry(self, name: str) -> Entry:
+        return next(entry for entry in self._slots[self._slot_of[name]] if entry.name == name)
+
+    def _position(self, entry: Entry) -> tuple[int, int]:
+        slot = self._slot_of[entry.name]
+        return slot, self._slots[slot].index(entry)
+
+    def _replace(self, name: str, new: list[Entry]) -> None:
+        position = self._slot_of.pop(name)
+        slot = self._slots[position]
+        at = next(i for i, entry in enumerate(slot) if entry.name == name)
+        slot[at : at + 1] = new
+        for entry in new:
+            self._slot_of[entry.name] = position
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fold:
+    name: str
+    g: Callable[[], Tensor]
+    v: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        # Here and not above: listing a checkpoint must not import torch.
+        from wnconvert import weightnorm
+
+        return weightnorm.fold(self.g(), self.v(), name=self.name)
+
+
+def _spelled(site: Site) -> tuple[str, str]:
+    return names.spell(site.name, site.scheme or "legacy")
+
+
+def _holding(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def _pairs(entries: Mapping[str, Entry]) -> dict[str, Pair]:
+    return {pair.name: pair for pair in names.find_pairs({name: entry.shape for name, entry in entries.items()})}
+
+
+def _plain_view(entries: Mapping[str, Entry], pairs: Mapping[str, Pair]) -> dict[str, Weight]:
+    """Every tensor by its plain name, in order; a pair counts as the weight that it stands for."""
+    half_of = {key: pair for pair in pairs.values() for key in (pair.g, pair.v) if key in entries}
+    view: dict[str, Weight] = {}
+    for name, entry in entries.items():
+        pair = half_of.get(name)
+        if pair is None:
+            view[name] = Weight(entry.shape, entry.dtype)
+        elif pair.name not in view:
+            of = entries[pair.v if pair.v in entries else pair.g]
+            view[pair.name] = Weight(of.shape, of.dtype)
+    return view
+
+
+def _alias(name: str, entries: Mapping[str, Entry], pairs: Mapping[str, Pair]) -> Hashable:
+    pair = pairs.get(name)
+    if pair is None:
+        alias = entries[name].alias
+        return name if alias is None else ("plain", alias)
+    if pair.problem is not None:
+        return name
+    g, v = entries[pair.g].alias, entries[pair.v].alias
+    return name if g is None or v is None else (pair.scheme, g, v)
+
+
+def _site(
+    group: list[str],
+    weights: Mapping[str, Weight],
+    guesses: Mapping[str, Guess],
+    entries: Mapping[str, Entry],
+    pairs: Mapping[str, Pair],
+    dim: Dim,
+) -> Site:
+    """One site for all names of one tensor, or of one pair."""
+    known = [guesses[name] for name in group if name in guesses]
+    # An embedding that shares its table with a layer follows that layer.
+    known = [guess for guess in known if guess.use.kind != "Embedding"] or known
+    uses = [dataclasses.replace(guess.use, root=group[0]) for guess in known]
+    uses = uses or [Use(group[0], "Unknown", group[0], 0, 0)]
+    shape, dtype = weights[group[0]]
+    evidence = "; ".join(dict.fromkeys(guess.evidence for guess in known)) or None
+    pair = pairs.get(group[0])
+    unsupported = None if dtype in _DTYPES else f"dtype {dtype} has no weight normalization"
+    if pair is not None:
+        skip = pair.problem or unsupported
+        groups, axis = (1, None) if pair.problem else pair_axis(entries[pair.g].shape, shape, pair.name)
+        where = tuple(use.where for use in uses)
+        return Site(
+            group[0],
+            uses[0].kind,
+            shape,
+            dtype,
+            axis,
+            groups,
+            "split",
+            pair.scheme,
+            where,
+            tuple(group[1:]),
+            evidence,
+            skip,
+        )
+    site = resolve(uses, shape, dtype, dim=dim, tied=group[1:], evidence=evidence)
+    reason = unsupported or _obstacle(group, entries)
+    return site.skipped(reason) if reason else site
+
+
+def _obstacle(group: list[str], entries: Mapping[str, Entry]) -> str | None:
+    """Why a plain weight cannot be replaced by two tensors."""
+    for name in group:
+        if entries[name].fixed:
+            return f"{name} is held in a list or under a key that is no name, so that g and v cannot be named"
+        taken = next((key for scheme in names.SCHEMES for key in names.spell(name, scheme) if key in entries), None)
+        if taken is not None:
+            return f"{taken} is the name of another tensor"
+    return None

@@ -1,0 +1,77 @@
+"""The command line. A verb is a file; each imports the library only when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from wnconvert import __version__
+from wnconvert.cli.apply import apply
+from wnconvert.cli.fold import fold
+from wnconvert.cli.inspect import inspect
+from wnconvert.cli.outcome import INTERRUPTED
+from wnconvert.cli.rename import rename
+from wnconvert.cli.verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="wnconvert %(version)s")
+def group() -> None:
+    """Split and fold weight normalization in trained networks, bit for bit.
+
+    MODEL is a torch checkpoint (.pt .pth .bin .ckpt .tar), .safetensors (also sharded) or .onnx file. The input is
+    never changed; every result is read back and checked before it appears under its name.
+
+    \b
+    Exit codes:
+      0  done
+      1  bad input, or a file that cannot be read or written
+      2  wrong usage
+      3  verification failed, nothing written
+      4  nothing to do
+    """
+
+
+for verb in (inspect, apply, fold, rename, verify):
+    group.add_command(verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; those of this process if None.
+    """
+    # A library's warning is no use to the person at the terminal, unless they asked Python for warnings.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Names in a file may hold what the terminal's encoding cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    _clean_up_when_told_to_stop()
+    try:
+        arguments = None if argv is None else list(argv)
+        return int(group.main(arguments, prog_name="wnconvert", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return INTERRUPTED
+
+
+def _clean_up_when_told_to_stop() -> None:
+    """Let a terminating signal unwind the stack, so that no staging folder stays behind."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    with contextlib.suppress(ValueError):  # not the main thread: whoever called us there handles signals
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+                signal.signal(getattr(signal, name), stop)

@@ -1,0 +1,54 @@
+"""A checkpoint seen as a flat, ordered list of tensors that are not loaded. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Raw:
+    """The bytes of a tensor in a file, which can be copied without looking at them."""
+
+    path: Path
+    start: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: dotted path, nesting included: `generator.conv_pre.weight`. Unique in the file.
+        shape: of the tensor.
+        dtype: as in `float32`.
+        load: gives the tensor. It may alias the file's memory.
+        prefix: the part of `name` that comes from nesting: `generator.`.
+        home: which of the file's containers (a dict, a shard) holds it.
+        alias: equal for two names of the same tensor; None where the format cannot say so.
+        requires_grad: of an `nn.Parameter`; None for a plain tensor.
+        raw: where its bytes are, while they are those of the input.
+        fixed: it has no name of its own (an element of a list), so it cannot become two tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor]
+    prefix: str = ""
+    home: Hashable = None
+    alias: Hashable = None
+    requires_grad: bool | None = None
+    raw: Raw | None = None
+    fixed: bool = False
+
+    @property
+    def key(self) -> str:
+        """The key under which its container holds it."""
+        return self.name[len(self.prefix) :]

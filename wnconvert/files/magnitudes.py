@@ -1,0 +1,24 @@
+"""Statistics of magnitudes, for `inspect`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wnconvert.report.model import MagnitudeStatistics
+
+
+def statistics(g: NDArray[Any]) -> MagnitudeStatistics | None:
+    """Describe the values of one magnitude tensor, or None if it is empty."""
+    values = np.asarray(g, dtype=np.float64).reshape(-1)
+    if not values.size:
+        return None
+    return MagnitudeStatistics(
+        minimum=float(values.min()),
+        median=float(np.median(values)),
+        maximum=float(values.max()),
+        negative=int((values < 0).sum()),
+        zero=int((values == 0).sum()),
+    )

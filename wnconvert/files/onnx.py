@@ -1,0 +1,107 @@
+"""ONNX files, with or without external data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto
+
+from wnconvert.carriers.onnx import OnnxCarrier, external
+from wnconvert.errors import InputError
+from wnconvert.files import Document, ReadOptions
+from wnconvert.files.magnitudes import statistics
+from wnconvert.files.onnx_outputs import compare
+from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+
+LIMIT = 2**31 - 1
+"""Bytes that a protobuf message can have."""
+
+# Tags of the fields of a ModelProto: field number << 3 | wire type. A writer puts ir_version first.
+_IR_VERSION = 0x08
+_NEXT_TAGS = frozenset({0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72})
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file is an ONNX model, or is called one and is not an archive or a pickle."""
+    with path.open("rb") as file:
+        head = file.read(3)
+    if len(head) == 3 and head[0] == _IR_VERSION and head[1] < 0x80 and head[2] in _NEXT_TAGS:
+        return True
+    return path.suffix == ".onnx" and not head.startswith((b"PK", b"\x80"))
+
+
+def read(path: Path, options: ReadOptions) -> OnnxDocument:  # noqa: ARG001 - of other formats
+    """Open a model. Its external data is only looked at, not read.
+
+    Raises:
+        InputError: the model is damaged, or its data is missing, truncated or outside its folder.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise InputError(f"{path}: not an ONNX model, or damaged ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if not model.HasField("graph") or not model.ir_version:
+        raise InputError(f"{path}: not an ONNX model: it has no graph")
+    return OnnxDocument(path, model)
+
+
+class OnnxDocument:
+    """An open ONNX file.
+
+    Args:
+        path: where it was read from.
+        model: loaded without its external data.
+    """
+
+    format = "onnx"
+
+    def __init__(self, path: Path, model: ModelProto) -> None:
+        self.path = path
+        self.carrier = OnnxCarrier(model, path.parent)
+        self.carrier.data_files()
+        self.notes: list[str] = []
+        if model.functions:
+            self.notes.append(f"weights inside its {len(model.functions)} local functions are not looked at")
+
+    def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
+        """Statistics of g by site name."""
+        found = {name: statistics(g.numpy()) for name, g in self.carrier.magnitudes().items()}
+        return {name: described for name, described in found.items() if described is not None}
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the model into a staging folder inside the folder it will be in.
+
+        Data files that did not change stay what they are: referenced where the result lands in the same folder, else
+        copied. Data that changed goes into a new file.
+
+        Raises:
+            InputError: a file of another model is in the way, or the model does not fit one protobuf message.
+        """
+        locations = self.carrier.data_files()
+        external.stage(locations, self.carrier.folder, folder)
+        with self.carrier.relocated(external.DataFile(folder, name, locations)) as model:
+            (folder / name).write_bytes(_serialize(model, self.path))
+
+    def compare_outputs(self, other: Document) -> OutputCheck | None:
+        """Run both models in ONNX Runtime, in processes of their own."""
+        if not isinstance(other, OnnxDocument):
+            return None
+        return compare(self.path, self.carrier, other.path, other.carrier)
+
+
+def _serialize(model: ModelProto, path: Path) -> bytes:
+    try:
+        data: bytes = model.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError) as error:
+        raise InputError(_TOO_LARGE.format(path)) from error
+    if len(data) > LIMIT:
+        raise InputError(_TOO_LARGE.format(path))
+    return data
+
+
+_TOO_LARGE = "{}: the result would be over 2 GB, the most an ONNX file can have; save it with external data first"

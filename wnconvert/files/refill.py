@@ -1,0 +1,103 @@
+"""Put the converted tensors back into the dicts they came from: same objects, same types, same order."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.files.entries import Entry
+from wnconvert.files.tree import Tree, memory_of
+
+_Items = list[tuple[Any, Any]]
+
+
+@contextlib.contextmanager
+def refilled(tree: Tree, carrier: StateDictCarrier) -> Iterator[None]:
+    """For as long as the context lasts, the dicts of a checkpoint hold what its carrier holds now."""
+    before = {home: list(holder.items()) for home, holder in tree.holders.items()}
+    refill(tree, carrier)
+    try:
+        yield
+    finally:
+        for home, holder in tree.holders.items():
+            _set_items(holder, before[home])
+
+
+def refill(tree: Tree, carrier: StateDictCarrier) -> None:
+    """Make the dicts of a checkpoint hold what its carrier holds now."""
+    value_of = _Values(tree.entries, carrier)
+    now = {(entry.home, entry.key): slot for entry, slot in zip(tree.entries, carrier.slots(), strict=True)}
+    for home, holder in tree.holders.items():
+        items: _Items = []
+        for key, value in holder.items():
+            slot = now.get((home, key)) if isinstance(key, str) else None
+            if slot is None:
+                items.append((key, value))
+            else:
+                items += [(entry.key, value_of(entry)) for entry in slot]
+        _set_items(holder, items)
+
+
+def _set_items(holder: dict[Any, Any], items: _Items) -> None:
+    # In place: other parts of the file may refer to this very dict, and its type and attributes are its own.
+    holder.clear()
+    holder.update(items)
+
+
+class _Values:
+    """Gives the tensor of an entry. Names that share a tensor are given the same object."""
+
+    def __init__(self, before: list[Entry], carrier: StateDictCarrier) -> None:
+        self._made: dict[tuple[Callable[[], Tensor], bool | None], Tensor] = {}
+        self._copies: dict[object, Tensor] = {}
+        self._original = {entry.load for entry in before}
+        self._torn = _torn_storages(before, list(carrier.entries()))
+
+    def __call__(self, entry: Entry) -> Tensor:
+        made = self._made.get((entry.load, entry.requires_grad))
+        if made is None:
+            made = self._make(entry)
+            self._made[entry.load, entry.requires_grad] = made
+        return made
+
+    def _make(self, entry: Entry) -> Tensor:
+        value = entry.load()
+        if entry.load not in self._original:
+            return value if entry.requires_grad is None else nn.Parameter(value, entry.requires_grad)
+        if _storage(value) not in self._torn:
+            return value
+        memory = memory_of(value)
+        if memory not in self._copies:
+            self._copies[memory] = value.detach().clone()
+        copy = self._copies[memory]
+        return copy if entry.requires_grad is None else nn.Parameter(copy, entry.requires_grad)
+
+
+def _torn_storages(before: list[Entry], after: list[Entry]) -> set[int]:
+    """Storages that lost a view and have bytes to spare now.
+
+    torch.save writes whole storages. Where biases share one with weights that were folded (an LSTM's flat memory), they
+    would keep all of it in the file.
+    """
+    remaining = {entry.load for entry in after}
+    lost = {_storage(entry.load()) for entry in before if entry.load not in remaining}
+    needed: dict[int, dict[object, int]] = collections.defaultdict(dict)
+    sizes: dict[int, int] = {}
+    originals = {entry.load for entry in before}
+    for entry in after:
+        if entry.load in originals:
+            value = entry.load()
+            storage = _storage(value)
+            if storage in lost:
+                needed[storage][memory_of(value)] = value.nbytes
+                sizes[storage] = value.untyped_storage().nbytes()
+    return {storage for storage, views in needed.items() if sum(views.values()) < sizes[storage]}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

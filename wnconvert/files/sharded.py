@@ -1,0 +1,179 @@
+"""A folder of `.safetensors` shards with an index, as the Hugging Face hub lays it out. The result is again a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.errors import InputError, UsageError
+from wnconvert.files import safetensors
+from wnconvert.files import safetensors_header as header
+from wnconvert.files.entries import Entry
+from wnconvert.files.mapped import MappedFile
+from wnconvert.walk.arch import walker_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wnconvert.files import Document, ReadOptions
+    from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+
+_SUFFIX = ".safetensors.index.json"
+
+
+def recognise(path: Path) -> bool:
+    """Whether this is an index of shards, or a folder that holds one."""
+    return path.name.endswith(_SUFFIX) if path.is_file() else path.is_dir() and bool(_indices(path))
+
+
+def read(path: Path, options: ReadOptions) -> ShardedDocument:
+    """Open a folder. Only the index and the headers of its shards are read now.
+
+    Raises:
+        InputError: the index or a shard is damaged or missing, or they disagree.
+    """
+    index_path = _index_of(path)
+    index = _parse(index_path)
+    shards = {name: header.read(_shard(index_path, name)) for name in dict.fromkeys(index["weight_map"].values())}
+    _check_agreement(index_path, index["weight_map"], shards)
+    return ShardedDocument(index_path, index, shards, options)
+
+
+class ShardedDocument:
+    """One open folder. See `Document`."""
+
+    format = "safetensors-sharded"
+
+    def __init__(
+        self, index_path: Path, index: dict[str, Any], shards: Mapping[str, header.Header], options: ReadOptions
+    ) -> None:
+        self._folder = index_path.parent
+        self._index_name = index_path.name
+        self._index = index
+        self._shards = shards
+        self._mapped = {name: MappedFile(self._folder / name) for name in shards}
+        self.carrier = StateDictCarrier(self._entries(), walker=walker_for(options.arch, self._folder))
+        self.notes = list(self._notes())
+
+    def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
+        """See `Document.magnitudes`."""
+        return safetensors.magnitudes(self.carrier)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its key."""
+        return {entry.name: entry.load() for entry in self.carrier.entries()}
+
+    def save(self, folder: Path, name: str) -> None:
+        """See `Document.save`. Files beside the shards (configuration, tokenizer) are copied."""
+        if folder.resolve().is_relative_to(self._folder.resolve()):
+            raise UsageError(f"{self._folder}: the output would lie inside the input; choose another -o")
+        target = folder / name
+        target.mkdir()
+        self._copy_others(target)
+        by_shard: dict[str, list[Entry]] = {shard: [] for shard in self._shards}
+        for entry in self.carrier.entries():
+            by_shard[str(entry.home)].append(entry)
+        for shard, entries in by_shard.items():
+            (target / shard).parent.mkdir(parents=True, exist_ok=True)
+            safetensors.write(target / shard, entries, self._shards[shard].metadata, self._mapped.values())
+        text = json.dumps(self._new_index(), indent=2, ensure_ascii=False) + "\n"
+        (target / self._index_name).write_text(text, encoding="utf-8")
+
+    def compare_outputs(self, other: Document) -> OutputCheck | None:
+        """None: a checkpoint cannot be run."""
+        return None
+
+    def _entries(self) -> Iterator[Entry]:
+        for name, parsed in self._shards.items():
+            yield from safetensors.entries(self._mapped[name], parsed, home=name)
+
+    def _new_index(self) -> dict[str, Any]:
+        """The index with the names and totals of what is there now, in the order in which it listed them."""
+        slots = {slot_name: slot for slot_name, slot in zip(self._names(), self.carrier.slots(), strict=True)}
+        listed = [entry for key in self._index["weight_map"] for entry in slots[key]]
+        totals = {
+            "total_size": sum(safetensors.stored_size(entry) for entry in listed),
+            "total_parameters": sum(_count(entry) for entry in listed),
+        }
+        metadata = self._index.get("metadata")
+        new = dict(self._index)
+        if isinstance(metadata, dict):
+            new["metadata"] = metadata | {key: value for key, value in totals.items() if key in metadata}
+        new["weight_map"] = {entry.name: entry.home for entry in listed}
+        return new
+
+    def _names(self) -> Iterator[str]:
+        return (tensor.name for parsed in self._shards.values() for tensor in parsed.tensors)
+
+    def _copy_others(self, target: Path) -> None:
+        ours = {self._folder / name for name in (*self._shards, self._index_name)}
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_file() and path not in ours:
+                copy = target / path.relative_to(self._folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
+
+    def _notes(self) -> Iterator[str]:
+        weights = (".bin", ".safetensors", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
+        for path in sorted(self._folder.iterdir()):
+            if path.name.endswith(weights) and path.name not in self._shards:
+                yield f"{path.name} is no shard of this index and is copied as it is"
+
+
+def _count(entry: Entry) -> int:
+    count = 1
+    for n in entry.shape:
+        count *= n
+    return count
+
+
+def _indices(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{_SUFFIX}"))
+
+
+def _index_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = _indices(path)
+    if len(found) > 1:
+        raise InputError(f"{path}: holds {len(found)} indices; name one of them, such as {found[0].name}")
+    return found[0]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: no JSON: {str(error).splitlines()[0]}") from error
+    table = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+        raise InputError(f"{path}: damaged: it has no weight_map from names to files")
+    return dict(index)
+
+
+def _shard(index: Path, name: str) -> Path:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{index}: names the shard {name!r}, which is outside its folder")
+    path = index.parent / name
+    if not path.is_file():
+        raise InputError(f"{path}: missing, but {index.name} names it")
+    return path
+
+
+def _check_agreement(index: Path, weight_map: Mapping[str, str], shards: Mapping[str, header.Header]) -> None:
+    held: dict[str, str] = {}
+    for shard, parsed in shards.items():
+        for tensor in parsed.tensors:
+            if tensor.name in held:
+                raise InputError(f"{index}: {tensor.name!r} is in both {held[tensor.name]} and {shard}")
+            held[tensor.name] = shard
+    for name, shard in weight_map.items():
+        if held.get(name) != shard:
+            raise InputError(f"{index}: says that {name!r} is in {shard}, but it is not")
+    extra = next((name for name in held if name not in weight_map), None)
+    if extra is not None:
+        raise InputError(f"{index}: {extra!r} is in {held[extra]}, but the index does not list it")

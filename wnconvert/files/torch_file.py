@@ -1,0 +1,249 @@
+"""What `torch.save` writes: state dicts, nested training checkpoints, and whole pickled modules."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import SourceChangeWarning
+
+from wnconvert.carriers import Carrier
+from wnconvert.carriers.composite import CompositeCarrier
+from wnconvert.carriers.module import ModuleCarrier
+from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.errors import InputError
+from wnconvert.files import pickle_scan, sniff, tree
+from wnconvert.files.magnitudes import statistics
+from wnconvert.files.refill import refill, refilled
+from wnconvert.files.tree import Tree
+from wnconvert.walk.arch import walker_for
+
+if TYPE_CHECKING:
+    from wnconvert.files import Document, ReadOptions
+    from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
+
+_CORES = ("core", "_core")
+"""Where numpy keeps the constructor of its scalars, in old and new versions."""
+
+# What torch.load raises on bytes that are not what they claim to be.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def recognise(path: Path) -> bool:
+    """Whether the file starts like a zip archive or a pickle."""
+    if not path.is_file():
+        return False
+    return _starts_with(path, _ZIP) or _starts_with(path, _PICKLE)
+
+
+def read(path: Path, options: ReadOptions) -> TorchDocument:
+    """Open a file. Where the format allows it, tensors are mapped and not read.
+
+    Raises:
+        InputError: it is damaged, holds Python objects and `unsafe_load` is not set, needs a class that cannot be
+            imported, is TorchScript or an exported program, or holds no network.
+    """
+    zipped = _starts_with(path, _ZIP)
+    obstacle = sniff.unreadable_archive(path) if zipped else None
+    if obstacle is not None:
+        raise InputError(f"{path} {obstacle}")
+    root = _load(path, zipped, options.unsafe_load)
+    if isinstance(root, Tensor):
+        raise InputError(f"{path}: holds a single tensor without a name, not a network")
+    found = tree.explore(root, drop_optimizer=options.drop_optimizer)
+    if not found.entries and not found.modules:
+        what = "only optimizer state" if found.kept or found.dropped else "no tensors"
+        raise InputError(f"{path}: holds {what}")
+    return TorchDocument(root, found, _carrier(found, path, options))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Carriers:
+    """The carrier of the whole file, and the part of it that holds bare tensors."""
+
+    whole: Carrier
+    state: StateDictCarrier
+    modules: tuple[ModuleCarrier, ...] = ()
+
+
+class TorchDocument:
+    """One open file. See `Document`."""
+
+    def __init__(self, root: object, found: Tree, carriers: _Carriers) -> None:
+        self.format = "torch-module" if found.modules else "torch"
+        self.notes = list(_notes(found))
+        self.carrier = carriers.whole
+        self._root = root
+        self._tree = found
+        self._carriers = carriers
+
+    def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
+        """See `Document.magnitudes`."""
+        found = {}
+        for site in self.carrier.sites("torch"):
+            if site.state == "split" and not site.skip:
+                described = statistics(self.carrier.read_pair(site)[0].detach().double().numpy())
+                if described is not None:
+                    found[site.name] = described
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of its networks by dotted path."""
+        found = {entry.name: entry.load() for entry in self._carriers.state.entries()}
+        for path, module in self._tree.modules.items():
+            prefix = f"{path}." if path else ""
+            found |= {prefix + name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        return found
+
+    def save(self, folder: Path, name: str) -> None:
+        """See `Document.save`."""
+        for part in self._carriers.modules:
+            part.clean()
+        with refilled(self._tree, self._carriers.state), (folder / name).open("wb") as file:
+            torch.save(self._root, file)
+
+    def compare_outputs(self, other: Document) -> OutputCheck | None:
+        """None: a checkpoint cannot be run."""
+        return None
+
+
+class DictCarrier(StateDictCarrier):
+    """A state dict in memory, nested or not. The dict that it was made from is left alone."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._root = _copy_containers(state)
+        self._tree = tree.explore(self._root)
+        super().__init__(self._tree.entries, others=self._tree.kept)
+
+    def rebuild(self) -> Any:
+        """The converted dict, of the same type. Call it once, when everything is converted."""
+        refill(self._tree, self)
+        return self._root
+
+
+def carrier_of(state: Mapping[str, Any]) -> DictCarrier:
+    """Make a carrier of a state dict in memory."""
+    return DictCarrier(state)
+
+
+def _copy_containers(value: Any) -> Any:
+    """Copy dicts and what holds dicts, attributes such as `_metadata` included, but nothing else."""
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = _copy_containers(item)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_copy_containers(item) for item in value)
+    return value
+
+
+def _carrier(found: Tree, path: Path, options: ReadOptions) -> _Carriers:
+    walker = walker_for(options.arch, path)
+    state = StateDictCarrier(found.entries, others=found.kept, walker=walker)
+    if not found.modules:
+        return _Carriers(state, state)
+    modules = {f"{name}." if name else "": ModuleCarrier(module) for name, module in found.modules.items()}
+    if list(modules) == [""]:
+        return _Carriers(modules[""], state, (modules[""],))
+    parts: dict[str, Carrier] = dict(modules)
+    if found.entries or found.kept:
+        parts[""] = state
+    return _Carriers(CompositeCarrier(parts), state, tuple(modules.values()))
+
+
+def _notes(found: Tree) -> Iterator[str]:
+    if found.optimizers:
+        where = ", ".join(repr(path) for path in found.optimizers)
+        yield (
+            f"optimizer state at {where} is kept but refers to parameters that changed; --optimizer drop leaves it out"
+        )
+    if found.dropped:
+        yield f"optimizer state at {', '.join(repr(path) for path in found.dropped)} is left out"
+
+
+def _load(path: Path, zipped: bool, unsafe: bool) -> object:
+    try:
+        with torch.serialization.safe_globals(_plain_data()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except _DAMAGE as error:
+        foreign = pickle_scan.foreign_classes(path)
+        if not foreign:
+            raise InputError(f"{path}: damaged, cut short, or not written by torch.save: {_line(error)}") from error
+    if not unsafe:
+        raise InputError(
+            f"{path}: this file holds a pickled Python object ({foreign[0]}); loading it can run code: "
+            "--unsafe-load loads it"
+        )
+    return _load_unsafely(path, zipped, foreign)
+
+
+def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SourceChangeWarning)
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
+    except _DAMAGE as error:
+        missing = next((name for name in foreign if not _can_be_imported(name)), None)
+        if missing is None:
+            raise InputError(f"{path}: cannot be unpickled: {_line(error)}") from error
+        module = missing.rpartition(".")[0]
+        raise InputError(
+            f"{path}: needs the class {missing}: run where `import {module}` works, e.g. PYTHONPATH=FOLDER "
+            f"({_line(error)})"
+        ) from error
+
+
+def _plain_data() -> list[Any]:
+    """Classes beyond torch's own list that training scripts put into checkpoints, and that can run no code."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [argparse.Namespace, np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in _CORES)]
+
+
+def _can_be_imported(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except _DAMAGE:
+        return False
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

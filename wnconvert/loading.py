@@ -1,0 +1,147 @@
+"""Load a split checkpoint into a module that is not split yet, or split elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wnconvert import layers, weightnorm
+from wnconvert.carriers import module_forms as forms
+from wnconvert.errors import InputError
+from wnconvert.names import Pair, find_pairs, spell
+from wnconvert.walk.modules import kind_of
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Module:
+    """Split a module at exactly the weights that the checkpoint holds split, then load it strictly.
+
+    `load_state_dict` alone cannot: plain and split never load into one another, and `strict=False` then silently leaves
+    random weights.
+
+    Args:
+        module: changed in place. Weights that it holds split already, in any form, are loaded as they are.
+        checkpoint: a state dict, plain, legacy or parametrized, or a file that holds one, also nested.
+
+    Returns:
+        The same module.
+
+    Raises:
+        InputError: the checkpoint does not fit; the message lists the first differences. The module is left unchanged.
+    """
+    state = _best_match(module, _tensors(checkpoint))
+    pairs = {
+        pair.name: pair for pair in find_pairs({key: tuple(t.shape) for key, t in state.items()}) if not pair.problem
+    }
+    held = dict(_held(module))
+    _require_fit(module, state, pairs, held)
+    for name, pair in pairs.items():
+        if name not in held:
+            _attach(module, name, state[pair.g], state[pair.v])
+    module.load_state_dict(_spelled_for(module, state, pairs), strict=True)
+    return module
+
+
+def _tensors(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    if isinstance(checkpoint, (str, Path)):
+        from wnconvert import files
+
+        return files.read(Path(checkpoint)).tensors()
+    return _flatten(checkpoint)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for key, item in value.items():
+        if isinstance(item, Tensor):
+            flat[f"{prefix}{key}"] = item
+        elif isinstance(item, Mapping):
+            flat |= _flatten(item, f"{prefix}{key}.")
+    return flat
+
+
+def _plain_names(keys: Mapping[str, Tensor]) -> set[str]:
+    names = set(keys)
+    for pair in find_pairs({key: tuple(t.shape) for key, t in keys.items()}):
+        if not pair.problem:
+            names -= {pair.g, pair.v}
+            names.add(pair.name)
+    return names
+
+
+def _best_match(module: nn.Module, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a nested checkpoint that shares most names with the module and brings fewest others."""
+    expected = _plain_names(_module_tensors(module))
+    anchors = sorted(expected, key=len)[-3:]
+    found = _plain_names(flat)
+    prefixes = {name.removesuffix(anchor) for anchor in anchors for name in found if name.endswith(f".{anchor}")}
+    candidates = [_below(flat, prefix) for prefix in ("", *sorted(prefixes))]
+    return max(candidates, key=lambda state: 2 * len(expected & (names := _plain_names(state))) - len(names))
+
+
+def _below(flat: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in flat.items() if key.startswith(prefix)}
+
+
+def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _require_fit(
+    module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair], held: Mapping[str, forms.SplitWeight]
+) -> None:
+    expected = _module_tensors(module)
+    wanted, given = _plain_names(expected), _plain_names(state)
+    problems = [f"{name} is missing" for name in sorted(wanted - given)]
+    problems += [f"{name} is not in the module" for name in sorted(given - wanted)]
+    for name in sorted(wanted & given):
+        ours = expected.get(name, expected.get(spell(name, "legacy")[1], expected.get(spell(name, "parametrized")[1])))
+        theirs = state[pairs[name].v] if name in pairs else state[name]
+        if ours is not None and ours.shape != theirs.shape:
+            problems.append(f"{name} has shape {list(theirs.shape)}, the module needs {list(ours.shape)}")
+        elif name in held and name in pairs and held[name].g.shape != state[pairs[name].g].shape:
+            axes = f"{list(state[pairs[name].g].shape)}, the module's {list(held[name].g.shape)}"
+            problems.append(f"the magnitude of {name} has shape {axes}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InputError(f"the checkpoint does not fit the module: {'; '.join(problems[:4])}{more}")
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, forms.SplitWeight]]:
+    for path, child in module.named_modules():
+        for name, pair in forms.split_weights(child).items():
+            yield f"{path}.{name}".lstrip("."), pair
+
+
+def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    weight = owner._parameters[leaf]
+    assert weight is not None
+    groups, axis = weightnorm.pair_axis(g.shape, v.shape, name)
+    kind = kind_of(owner)
+    spec = layers.Spec(kind.name if kind else "Unknown", axis, groups, layers.reduced_axes(axis, v.dim(), groups))
+    new_g = nn.Parameter(torch.empty(g.shape, dtype=weight.dtype, device=weight.device), weight.requires_grad)
+    layers.attach(owner, leaf, spec, new_g, weight)
+
+
+def _spelled_for(module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    """The state dict as the module's own split weights spell and split it."""
+    spelled = dict(state)
+    for name, held in _held(module):
+        pair = pairs.get(name)
+        if pair is None:
+            if held.form != "wnconvert":
+                # Only our own layers split a plain weight while they load.
+                groups, axis = weightnorm.pair_axis(held.g.shape, held.v.shape, name)
+                halves = weightnorm.split(spelled.pop(name), axis, groups=groups, name=name)
+                spelled |= dict(zip(spell(name, held.scheme), halves, strict=True))
+            continue
+        for old, new in zip((pair.g, pair.v), spell(name, held.scheme), strict=True):
+            spelled[new] = spelled.pop(old)
+    return spelled
