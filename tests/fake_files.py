@@ -113,7 +113,7 @@ class FakeDocument:
 
 
 def recognise(path: Path) -> bool:
-    return path.read_bytes().startswith(MAGIC)
+    return path.is_file() and path.read_bytes().startswith(MAGIC)
 
 
 def read(path: Path, options: ReadOptions) -> FakeDocument:

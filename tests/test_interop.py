@@ -64,10 +64,13 @@ def test_torch_keys_load_into_ours(layer: str, dim: int | None, form: str) -> No
     theirs = trained(FORMS[form](LAYERS[layer](), dim=dim))
     ours = FORMS["wnconvert"](LAYERS[layer](), dim=dim)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-5)
-    assert [n.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v") for n, _ in theirs.named_parameters()] == [
-        n for n, _ in ours.named_parameters()]  # fmt: skip
+    names = [name for name, _ in theirs.named_parameters()]
+    for part, key in enumerate(("weight_g", "weight_v")):
+        names = [name.replace(f"parametrizations.weight.original{part}", key) for name in names]
+    assert names == [name for name, _ in ours.named_parameters()]
+    wnconvert.fold(ours)
+    wnconvert.fold(theirs)
+    assert reference.same_bits(ours.weight, theirs.weight)
 
 
 @torch_forms

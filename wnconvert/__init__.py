@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wnconvert.api import convert_file as convert_file
     from wnconvert.api import find as find
     from wnconvert.api import fold as fold
-    from wnconvert.api import load_into as load_into
+    from wnconvert.loading import load_into as load_into
     from wnconvert.api import verify as verify
     from wnconvert.report.model import Report as Report
     from wnconvert.sites import Site as Site
@@ -30,7 +30,7 @@ _HOME = {
     "convert_file": "wnconvert.api",
     "find": "wnconvert.api",
     "fold": "wnconvert.api",
-    "load_into": "wnconvert.api",
+    "load_into": "wnconvert.loading",
     "verify": "wnconvert.api",
     "weightnorm": "wnconvert",
 }

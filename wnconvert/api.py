@@ -9,12 +9,14 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from wnconvert import convert, jobs
+from wnconvert import compare, convert, files, jobs
+from wnconvert.carriers import Carrier
 from wnconvert.carriers.module import ModuleCarrier
 from wnconvert.errors import NothingToDo
 from wnconvert.files import ReadOptions
-from wnconvert.loading import load_into
+from wnconvert.files.torch_file import DictCarrier, carrier_of
 from wnconvert.report.model import Report
+from wnconvert.report.verdict import Verdict
 from wnconvert.sites import Dim, Scheme, Selection, Site
 
 Model = TypeVar("Model", nn.Module, Mapping[str, Any])
@@ -86,7 +88,9 @@ def fold(
 
     Args:
         model: a module, changed in place, or a state dict, which is left alone.
-        include, exclude, kinds: see `apply`.
+        include: see `apply`.
+        exclude: see `apply`.
+        kinds: see `apply`.
 
     Raises:
         PairError: a pair holds NaN, infinity, or a zero direction with a magnitude.
@@ -126,7 +130,11 @@ def convert_file(
         path: a checkpoint, a pickled module, a safetensors file or an ONNX model.
         output: where the result goes; `model.folded.pt` and the like beside the input if None.
         command: `apply`, `fold` or `rename`.
-        include, exclude, kinds, dim, names: see `apply`.
+        include: see `apply`, as for the next four.
+        exclude: globs that win.
+        kinds: globs on kinds.
+        dim: which axis `apply` keeps.
+        names: how `apply` and `rename` spell the keys.
         arch: builds the module that the checkpoint belongs to.
         drop_optimizer: leave out optimizer state.
         unsafe_load: unpickle whole modules, which can run code.
@@ -147,16 +155,42 @@ def convert_file(
     return jobs.convert_file(Path(path), None if output is None else Path(output), job)
 
 
-def _carrier(model: nn.Module | Mapping[str, Any], *, trace: bool = True) -> Any:
-    if isinstance(model, nn.Module):
-        return ModuleCarrier(model, trace=trace)
-    from wnconvert.files.torch_file import carrier_of
+def verify(
+    a: nn.Module | Mapping[str, Any] | str | Path,
+    b: nn.Module | Mapping[str, Any] | str | Path,
+    *,
+    unsafe_load: bool = False,
+) -> Verdict:
+    """Find out whether two networks are the same function, split weights multiplied back.
 
-    return carrier_of(model)
+    Args:
+        a: a module, a state dict or a file.
+        b: likewise; the two need not be of one kind.
+        unsafe_load: unpickle whole modules, which can run code.
+
+    Returns:
+        The tensors side by side. Two ONNX files are also run on the same random inputs.
+    """
+    reading = ReadOptions(unsafe_load=unsafe_load)
+    if isinstance(a, (str, Path)) and isinstance(b, (str, Path)):
+        return compare.compare_files(Path(a), Path(b), reading)
+    (name_a, carrier_a), (name_b, carrier_b) = _side(a, reading), _side(b, reading)
+    weights = compare.compare_weights(carrier_a, carrier_b, match_prefix=True)
+    return Verdict(name_a, name_b, (carrier_a.walker, carrier_b.walker), weights)
 
 
-def _result(model: Model, carrier: Any) -> Model:
-    return model if isinstance(model, nn.Module) else carrier.rebuild()
+def _side(model: nn.Module | Mapping[str, Any] | str | Path, reading: ReadOptions) -> tuple[str, Carrier]:
+    if isinstance(model, (str, Path)):
+        return str(model), files.read(Path(model), reading).carrier
+    return type(model).__name__, _carrier(model, trace=False)
+
+
+def _carrier(model: nn.Module | Mapping[str, Any], *, trace: bool = True) -> ModuleCarrier | DictCarrier:
+    return ModuleCarrier(model, trace=trace) if isinstance(model, nn.Module) else carrier_of(model)
+
+
+def _result(model: Model, carrier: ModuleCarrier | DictCarrier) -> Model:
+    return model if isinstance(carrier, ModuleCarrier) else carrier.rebuild()
 
 
 def _selection(include: str | Sequence[str], exclude: str | Sequence[str], kinds: str | Sequence[str]) -> Selection:
@@ -164,8 +198,6 @@ def _selection(include: str | Sequence[str], exclude: str | Sequence[str], kinds
 
 
 def _report_of(nothing: NothingToDo) -> Report:
-    assert nothing.report is not None
+    if nothing.report is None:
+        raise nothing
     return nothing.report
-
-
-__all__ = ["Result", "apply", "convert_file", "find", "fold", "load_into"]

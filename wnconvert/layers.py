@@ -65,27 +65,13 @@ class WeightNormLayer(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         settle(self)
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _READS.pop(self, None)
         for name in self._weight_norm:
-            try:
-                _translate_keys(self, name, state_dict, prefix)
-            except NotSplittable as error:
-                error_msgs.append(f"{prefix}{name} cannot be split: {error}")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+            _translate_keys(self, name, state_dict, prefix, errors=args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise UsageError(f"torch.jit.script cannot carry {type(self).__name__}: wnconvert.fold(model) first")
@@ -144,7 +130,7 @@ def detach(module: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter, order: tuple[str, ...] = ()) -> None:
-    """Register a plain weight where it was, or before the biases, where layers have it. Optimizer state counts on it."""
+    """Register a plain weight where it was, or before the biases, where layers have it. Optimizers count on it."""
     module.register_parameter(name, weight)
     known = order or (tuple(module._flat_weights_names) if isinstance(module, nn.RNNBase) else ())
     place = {key: i for i, key in enumerate(known)}
@@ -261,8 +247,7 @@ def _assign(module: nn.Module, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"cannot assign {type(value).__name__} as {name!r}: a split weight takes a tensor of its shape")
     spec = spec_of(module, name)
-    g, v = (module._parameters[key] for key in spell(name, "legacy"))
-    assert g is not None and v is not None
+    g, v = (module.get_parameter(key) for key in spell(name, "legacy"))
     if value.shape != v.shape:
         raise ValueError(f"cannot assign shape {list(value.shape)} as {name!r} of shape {list(v.shape)}: fold first")
     _READS.get(module, {}).pop(name, None)
@@ -272,24 +257,26 @@ def _assign(module: nn.Module, name: str, value: Any) -> None:
         v.copy_(new_v)
 
 
-def _translate_keys(module: nn.Module, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+def _translate_keys(module: nn.Module, name: str, state: dict[str, Any], prefix: str, *, errors: list[str]) -> None:
     """Bring the plain or parametrized keys of one weight into the legacy spelling, in place."""
-    g_key, v_key = (prefix + key for key in spell(name, "legacy"))
-    for old, new in zip(spell(prefix + name, "parametrized"), (g_key, v_key), strict=True):
-        if old in state_dict:
-            state_dict[new] = state_dict.pop(old)
-    plain = state_dict.get(prefix + name)
-    if isinstance(plain, Tensor) and g_key not in state_dict and v_key not in state_dict:
-        del state_dict[prefix + name]
-        spec = spec_of(module, name)
-        expected = module._parameters[spell(name, "legacy")[1]]
-        if expected is not None and plain.shape == expected.shape:
-            state_dict[g_key], state_dict[v_key] = weightnorm.split(
-                plain.detach().to(expected.dtype), spec.axis, groups=spec.groups, name=prefix + name
-            )
-        else:
-            # Left to torch, which names the key and both shapes.
-            state_dict[v_key] = plain
+    full, expected = prefix + name, module.get_parameter(spell(name, "legacy")[1])
+    g_key, v_key = spell(full, "legacy")
+    for old, new in zip(spell(full, "parametrized"), (g_key, v_key), strict=True):
+        if old in state:
+            state[new] = state.pop(old)
+    plain = state.get(full)
+    if not isinstance(plain, Tensor) or g_key in state or v_key in state:
+        return
+    state[v_key] = state.pop(full)
+    if plain.shape != expected.shape:
+        return  # torch names the key and both shapes
+    spec = spec_of(module, name)
+    try:
+        pair = weightnorm.split(plain.detach().to(expected.dtype), spec.axis, groups=spec.groups, name=full)
+    except NotSplittable as error:
+        errors.append(f"{full} cannot be split: {error}")
+    else:
+        state[g_key], state[v_key] = pair
 
 
 def _versions(g: Tensor, v: Tensor) -> tuple[int, int] | None:

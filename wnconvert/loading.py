@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ from wnconvert.names import Pair, find_pairs, spell
 from wnconvert.walk.modules import kind_of
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@runtime_checkable
+class _HoldsTensors(Protocol):
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its full name."""
 
 
 def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Module:
@@ -51,7 +57,10 @@ def _tensors(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     if isinstance(checkpoint, (str, Path)):
         from wnconvert import files
 
-        return files.read(Path(checkpoint)).tensors()
+        document = files.read(Path(checkpoint))
+        if not isinstance(document, _HoldsTensors):
+            raise InputError(f"{checkpoint}: a file of format {document.format} holds no state dict to load")
+        return document.tensors()
     return _flatten(checkpoint)
 
 
@@ -121,8 +130,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, forms.SplitWeight]]:
 def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    weight = owner._parameters[leaf]
-    assert weight is not None
+    weight = owner.get_parameter(leaf)
     groups, axis = weightnorm.pair_axis(g.shape, v.shape, name)
     kind = kind_of(owner)
     spec = layers.Spec(kind.name if kind else "Unknown", axis, groups, layers.reduced_axes(axis, v.dim(), groups))

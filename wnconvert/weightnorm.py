@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wnconvert import rows
 from wnconvert.errors import NotSplittable, PairError
-from wnconvert.sites import Axis, kept_axes, pair_axis
+from wnconvert.sites import Axis, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MB in float64, which stays in the cache of one core."""
-
-_SEGMENT = 1 << 16
-"""Elements added as one tree. Fixed, because it decides the order of the additions and so the bits."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,7 +80,7 @@ def split(
     if w.dtype not in DTYPES:
         raise NotSplittable(f"dtype {str(w.dtype).removeprefix('torch.')} has no weight normalization")
     w = w.detach()
-    view, kept, g_shape = _rows(w, axis, groups)
+    view, kept, g_shape = rows.by_rows(w, axis, groups)
     norms = _norms(view, kept, block)
     _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity")
     g = norms.to(g_dtype or w.dtype)
@@ -93,10 +90,10 @@ def split(
     v = w
     if changed:
         v = w.clone(memory_format=torch.preserve_format)
-        target = _rows(v, axis, groups)[0]
+        target = rows.by_rows(v, axis, groups)[0]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for row in changed:
-            index = _row_index(row, view.shape[:kept])
+            index = rows.row_index(row, view.shape[:kept])
             if norms[row] == 0:
                 target[index] = _random_direction(view[index], generator)
             else:
@@ -127,17 +124,17 @@ def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> T
         )
     g, v = g.detach().reshape(-1), v.detach()
     w = torch.empty_like(v, memory_format=torch.preserve_format)
-    view, kept, _ = _rows(v, axis, groups)
-    out = _rows(w, axis, groups)[0]
+    view, kept, _ = rows.by_rows(v, axis, groups)
+    out = rows.by_rows(w, axis, groups)[0]
     scratch = _scratch(v, block)
     first, where = 0, f"{name}: row {{}}"
-    for part, target in zip(_parts(view, kept, block), _parts(out, kept, block), strict=True):
+    for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
         norm = _norm(part, kept, scratch)
         magnitude = g[first : first + norm.numel()]
         _require(norm.isfinite(), PairError, f"{where} of v holds NaN or infinity", first)
         _require(magnitude.isfinite(), PairError, f"{where} of g is NaN or infinite", first)
         _require((norm != 0) | (magnitude == 0), PairError, f"{where} of v is zero but its g is not", first)
-        _fold_part(magnitude, part, norm, target, kept, scratch)
+        _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
         first += norm.numel()
     return w
 
@@ -183,49 +180,20 @@ def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tens
 
 def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:
     kept = None if reduced is None else tuple(i for i in range(v.dim()) if i not in reduced)
-    view, count, _ = _rows(v.detach(), kept, 1)
+    view, count, _ = rows.by_rows(v.detach(), kept, 1)
     return _norms(view, count, BLOCK).reshape(norm.shape)
-
-
-def _rows(w: Tensor, axis: Axis, groups: int) -> tuple[Tensor, int, tuple[int, ...]]:
-    """View `w` with its kept axes first: `(view, number of kept axes, shape of g)`."""
-    if groups > 1:
-        w = w.unflatten(0, (groups, w.shape[0] // groups))
-    kept = kept_axes(axis, w.dim())
-    reduced = [i for i in range(w.dim()) if i not in kept]
-    g_shape = () if axis is None else tuple(n if i in kept else 1 for i, n in enumerate(w.shape))
-    return w.permute(*kept, *reduced), len(kept), g_shape
 
 
 def _scratch(w: Tensor, block: int) -> Tensor:
     """One float64 buffer for all the work: fresh memory for every block would scatter over the heap and add up."""
-    return torch.empty(max(min(block, w.numel()), _SEGMENT), dtype=torch.float64, device=w.device)
-
-
-def _parts(view: Tensor, kept: int, block: int) -> Iterator[Tensor]:
-    """Cut `view` into single long rows or runs of whole short rows, in order, of at most `block` elements."""
-    rows = math.prod(view.shape[:kept])
-    if rows <= 1 or kept == 0:
-        if rows:
-            yield view
-        return
-    columns = view.numel() // rows
-    inner = view[0].numel()
-    if kept > 1 and (inner > block or columns > _SEGMENT):
-        for i in range(view.shape[0]):
-            for part in _parts(view[i], kept - 1, block):
-                yield part.unsqueeze(0)
-        return
-    step = max(1, block // max(inner, 1)) if columns <= _SEGMENT else 1
-    for i in range(0, view.shape[0], step):
-        yield view[i : i + step]
+    return torch.empty(max(min(block, w.numel()), rows.SEGMENT), dtype=torch.float64, device=w.device)
 
 
 def _norms(view: Tensor, kept: int, block: int) -> Tensor:
     """The float64 norms of all rows, in order, as one axis."""
     norms = torch.empty(math.prod(view.shape[:kept]), dtype=torch.float64, device=view.device)
     scratch, first = _scratch(view, block), 0
-    for part in _parts(view, kept, block):
+    for part in rows.parts(view, kept, block):
         norm = _norm(part, kept, scratch)
         norms[first : first + norm.numel()] = norm
         first += norm.numel()
@@ -234,34 +202,26 @@ def _norms(view: Tensor, kept: int, block: int) -> Tensor:
 
 def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
     """The float64 norm of each row of one part, as one axis. Overwrites `scratch`."""
-    rows = math.prod(part.shape[:kept])
-    columns = part.numel() // rows
+    count = math.prod(part.shape[:kept])
+    columns = part.numel() // count
     if columns == 0:
-        return torch.zeros(rows, dtype=torch.float64, device=part.device)
+        return torch.zeros(count, dtype=torch.float64, device=part.device)
     # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
-    exponent = _exponents(part, kept).reshape(rows, 1) if part.dtype == torch.float64 else None
-    sums = torch.empty(rows, -(-columns // _SEGMENT), dtype=torch.float64, device=part.device)
+    exponent = _exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
+    sums = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
     for i in range(sums.shape[1]):
-        start, stop = i * _SEGMENT, min((i + 1) * _SEGMENT, columns)
-        segment = scratch[: rows * (stop - start)]
-        if rows > 1:
+        start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
+        segment = scratch[: count * (stop - start)]
+        if count > 1:
             segment.view(part.shape).copy_(part)
         else:
-            _copy_range(part, start, stop, segment)
-        segment = segment.view(rows, -1)
+            rows.copy_range(part, start, stop, segment)
+        segment = segment.view(count, -1)
         if exponent is not None:
             segment.copy_(_ldexp(segment, -exponent))
         sums[:, i] = _tree(segment.square_())
     norm = _tree(sums).sqrt()
     return norm if exponent is None else _ldexp(norm, exponent[:, 0])
-
-
-def _copy_range(part: Tensor, start: int, stop: int, target: Tensor) -> None:
-    """Copy the elements `start..stop` of `part`, in row-major order, into a flat target."""
-    first = 0
-    for piece in _pieces(part, start, stop):
-        target[first : first + piece.numel()].view(piece.shape).copy_(piece)
-        first += piece.numel()
 
 
 def _tree(x: Tensor) -> Tensor:
@@ -293,26 +253,7 @@ def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:
     return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
 
 
-def _pieces(view: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-    """Yield views that cover the elements `start..stop` of `view` in row-major order, without copying it."""
-    if stop - start == view.numel():
-        yield view
-        return
-    inner = view[0].numel()
-    first, last = start // inner, (stop - 1) // inner
-    if first == last:
-        yield from _pieces(view[first], start - first * inner, stop - first * inner)
-        return
-    if start % inner:
-        yield from _pieces(view[first], start % inner, inner)
-        first += 1
-    if stop // inner > first:
-        yield view[first : stop // inner]
-    if stop % inner:
-        yield from _pieces(view[stop // inner], 0, stop % inner)
-
-
-def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, kept: int, scratch: Tensor) -> None:
+def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
     """Write the folded rows of one part into `out`, a piece at a time if it is one long row. Overwrites `scratch`."""
     multiply, divide = _factors(g, norm, v.dtype)
     # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
@@ -324,9 +265,9 @@ def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, kept: int, scrat
         ranges = [(0, v.numel())] if v.numel() else []
     else:
         multiply, divide, wide = (t.reshape(()) for t in (multiply, divide, wide))
-        ranges = [(i, min(i + _SEGMENT, v.numel())) for i in range(0, v.numel(), _SEGMENT)]
+        ranges = [(i, min(i + rows.SEGMENT, v.numel())) for i in range(0, v.numel(), rows.SEGMENT)]
     for start, stop in ranges:
-        for x, y in zip(_pieces(v, start, stop), _pieces(out, start, stop), strict=True):
+        for x, y in zip(rows.pieces(v, start, stop), rows.pieces(out, start, stop), strict=True):
             w = scratch[: x.numel()].view(x.shape).copy_(x).mul_(multiply).div_(divide)
             y.copy_(torch.where(wide, multiply * (x / divide), w) if extreme else w)
 
@@ -385,14 +326,6 @@ def _random_direction(w: Tensor, generator: torch.Generator) -> Tensor:
     sample = torch.rand(w.shape, generator=generator, dtype=torch.float64) + 2**-10
     direction = sample / torch.linalg.vector_norm(sample)
     return torch.copysign(direction.to(w.device), w.double()).to(w.dtype)
-
-
-def _row_index(row: int, shape: Sequence[int]) -> tuple[int, ...]:
-    index = []
-    for n in reversed(shape):
-        index.append(row % n)
-        row //= n
-    return tuple(reversed(index))
 
 
 def _require(good: Tensor, error: type[Exception], message: str, first: int = 0) -> None:

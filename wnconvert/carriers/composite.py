@@ -28,7 +28,7 @@ class CompositeCarrier:
         found = []
         for prefix, part in self._parts.items():
             for site in part.sites(dim):
-                named = _renamed(site, lambda name, prefix=prefix: prefix + name)
+                named = _renamed(site, prefix.__add__)
                 self._owner[named.name] = prefix
                 found.append(named)
         self.walker, self.walker_note = self._describe()

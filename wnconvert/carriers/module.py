@@ -72,10 +72,7 @@ class ModuleCarrier:
         return [*found, *self._foreign_sites()]
 
     def read_weight(self, site: Site) -> Tensor:
-        owner = self._owner(site.name)
-        weight = owner.module._parameters[owner.name]
-        assert weight is not None
-        return weight.detach()
+        return self.module.get_parameter(site.name).detach()
 
     def read_pair(self, site: Site) -> tuple[Tensor, Tensor]:
         owner = self._owner(site.name)
@@ -83,7 +80,7 @@ class ModuleCarrier:
         pair = forms.split_weights(owner.module)[owner.name]
         return pair.g.detach(), pair.v.detach()
 
-    def g_dtype(self, site: Site) -> torch.dtype | None:
+    def g_dtype(self, site: Site) -> torch.dtype | None:  # noqa: ARG002
         return None
 
     def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
@@ -91,8 +88,7 @@ class ModuleCarrier:
             raise UsageError(
                 "a module writes legacy keys (weight_g, weight_v), which torch's parametrizations load too"
             )
-        owner = self._owner(site.name)
-        trains = getattr(owner.module._parameters[owner.name], "requires_grad", True)
+        trains = self.module.get_parameter(site.name).requires_grad
         pair = nn.Parameter(g, trains), nn.Parameter(v, trains)
         reduced = layers.reduced_axes(site.axis, len(site.shape), site.groups)
         for name in (site.name, *site.tied):
@@ -109,7 +105,7 @@ class ModuleCarrier:
             form = forms.split_weights(owner.module)[owner.name].form
             forms.remove(owner.module, owner.name, form, parameter)
 
-    def rename(self, site: Site, scheme: Scheme) -> None:
+    def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002
         raise UsageError("a module in memory cannot be renamed: fold it, or rename its saved state dict")
 
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
@@ -160,9 +156,7 @@ class ModuleCarrier:
         )
 
     def _plain_site(self, name: str, uses: list[Use], tied: tuple[str, ...], dim: Dim) -> Site:
-        owner = self._owner(name)
-        weight = owner.module._parameters[owner.name]
-        assert weight is not None
+        weight = self.module.get_parameter(name)
         site = resolve(uses, tuple(weight.shape), _dtype_name(weight), dim=dim, tied=tied)
         if weight.is_meta:
             return site.skipped("has no data (meta device)")

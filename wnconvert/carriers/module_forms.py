@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -43,13 +43,13 @@ def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
     """Every split weight of this very module, by the name of the plain weight."""
     found: dict[str, SplitWeight] = {}
     for name in layers.split_names(module):
-        found[name] = _pair(module._parameters, spell(name, "legacy"), "wnconvert")
+        found[name] = _pair(module, spell(name, "legacy"), "wnconvert")
     for _, hook in _legacy_hooks(module):
-        found[hook.name] = _pair(module._parameters, spell(hook.name, "legacy"), "legacy")
+        found[hook.name] = _pair(module, spell(hook.name, "legacy"), "legacy")
     for name, chain in _parametrizations(module):
         if isinstance(chain[0], _WeightNorm):
             problem = None if len(chain) == 1 else "other parametrizations are stacked on it"
-            found[name] = _pair(chain._parameters, ("original0", "original1"), "parametrized", problem)
+            found[name] = _pair(chain, ("original0", "original1"), "parametrized", problem)
     return found
 
 
@@ -92,11 +92,8 @@ def remove_leftover_hooks(module: nn.Module) -> None:
             del module._load_state_dict_pre_hooks[key]
 
 
-def _pair(
-    parameters: dict[str, nn.Parameter | None], keys: tuple[str, str], form: Form, problem: str | None = None
-) -> SplitWeight:
-    g, v = (parameters[key] for key in keys)
-    assert g is not None and v is not None
+def _pair(holder: nn.Module, keys: tuple[str, str], form: Form, problem: str | None = None) -> SplitWeight:
+    g, v = (holder.get_parameter(key) for key in keys)
     if problem is None and not is_norm_shape(tuple(g.shape), tuple(v.shape)):
         problem = f"g of shape {list(g.shape)} is not the norm of v of shape {list(v.shape)}"
     return SplitWeight(form, g, v, problem)
@@ -127,8 +124,7 @@ def _remove_legacy(module: nn.Module, name: str) -> None:
 
 
 def _remove_parametrization(module: nn.Module, name: str) -> None:
-    held = module._modules["parametrizations"]
-    assert isinstance(held, nn.ModuleDict)
+    held = cast("nn.ModuleDict", module._modules["parametrizations"])
     del held[name]
     cls = type(module)
     if len(held) == 0:

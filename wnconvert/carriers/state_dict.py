@@ -6,21 +6,19 @@ Nothing is computed or read until a tensor is asked for, and nothing here import
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from wnconvert import names
+from wnconvert.carriers.plain_view import PlainView
 from wnconvert.files.entries import Entry
-from wnconvert.names import Pair
-from wnconvert.sites import Dim, Scheme, Site, Use, pair_axis, resolve
+from wnconvert.sites import Dim, Scheme, Site
 from wnconvert.walk import keys
 from wnconvert.walk.keys import Guess, Weight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 class Walker(Protocol):
@@ -79,19 +77,10 @@ class StateDictCarrier:
 
     def sites(self, dim: Dim) -> list[Site]:
         """See `Carrier.sites`."""
-        entries = {entry.name: entry for entry in self.entries()}
-        pairs = _pairs(entries)
-        weights = _plain_view(entries, pairs)
-        guesses = self._walker.find(weights)
+        view = PlainView.of(self.entries())
+        guesses = self._walker.find(view.weights)
         self.walker, self.walker_note = self._walker.name, self._walker.note
-        ties: dict[Hashable, list[str]] = {}
-        for name in weights:
-            ties.setdefault(_alias(name, entries, pairs), []).append(name)
-        sites = []
-        for group in ties.values():
-            if any(name in guesses or name in pairs for name in group):
-                sites.append(_site(group, weights, guesses, entries, pairs, dim))
-        return sites
+        return view.sites(guesses, dim)
 
     def read_weight(self, site: Site) -> Tensor:
         """See `Carrier.read_weight`."""
@@ -108,7 +97,7 @@ class StateDictCarrier:
         """The entry that holds g of a split site."""
         return self._entry(_spelled(site)[0])
 
-    def g_dtype(self, site: Site) -> torch.dtype | None:
+    def g_dtype(self, site: Site) -> torch.dtype | None:  # noqa: ARG002
         """None: a checkpoint stores g as the module does that will load it."""
         return None
 
@@ -151,16 +140,14 @@ class StateDictCarrier:
 
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
         """See `Carrier.effective`."""
-        entries = {entry.name: entry for entry in self.entries()}
-        found: dict[str, Callable[[], Tensor]] = {}
+        view = PlainView.of(self.entries())
+        found: dict[str, Callable[[], Tensor]] = {entry.name: entry.load for entry in self._others}
         halves = set()
-        for pair in _pairs(entries).values():
+        for pair in view.pairs.values():
             if pair.problem is None:
                 halves |= {pair.g, pair.v}
-                g, v = entries[pair.g].load, entries[pair.v].load
-                found[pair.name] = _Fold(pair.name, g, v)
-        found |= {name: entry.load for name, entry in entries.items() if name not in halves}
-        return found | {entry.name: entry.load for entry in self._others}
+                found[pair.name] = _Fold(pair.name, view.entries[pair.g].load, view.entries[pair.v].load)
+        return found | {name: entry.load for name, entry in view.entries.items() if name not in halves}
 
     def _entry(self, name: str) -> Entry:
         return next(entry for entry in self._slots[self._slot_of[name]] if entry.name == name)
@@ -201,84 +188,3 @@ def _holding(tensor: Tensor) -> Callable[[], Tensor]:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _pairs(entries: Mapping[str, Entry]) -> dict[str, Pair]:
-    return {pair.name: pair for pair in names.find_pairs({name: entry.shape for name, entry in entries.items()})}
-
-
-def _plain_view(entries: Mapping[str, Entry], pairs: Mapping[str, Pair]) -> dict[str, Weight]:
-    """Every tensor by its plain name, in order; a pair counts as the weight that it stands for."""
-    half_of = {key: pair for pair in pairs.values() for key in (pair.g, pair.v) if key in entries}
-    view: dict[str, Weight] = {}
-    for name, entry in entries.items():
-        pair = half_of.get(name)
-        if pair is None:
-            view[name] = Weight(entry.shape, entry.dtype)
-        elif pair.name not in view:
-            of = entries[pair.v if pair.v in entries else pair.g]
-            view[pair.name] = Weight(of.shape, of.dtype)
-    return view
-
-
-def _alias(name: str, entries: Mapping[str, Entry], pairs: Mapping[str, Pair]) -> Hashable:
-    pair = pairs.get(name)
-    if pair is None:
-        alias = entries[name].alias
-        return name if alias is None else ("plain", alias)
-    if pair.problem is not None:
-        return name
-    g, v = entries[pair.g].alias, entries[pair.v].alias
-    return name if g is None or v is None else (pair.scheme, g, v)
-
-
-def _site(
-    group: list[str],
-    weights: Mapping[str, Weight],
-    guesses: Mapping[str, Guess],
-    entries: Mapping[str, Entry],
-    pairs: Mapping[str, Pair],
-    dim: Dim,
-) -> Site:
-    """One site for all names of one tensor, or of one pair."""
-    known = [guesses[name] for name in group if name in guesses]
-    # An embedding that shares its table with a layer follows that layer.
-    known = [guess for guess in known if guess.use.kind != "Embedding"] or known
-    uses = [dataclasses.replace(guess.use, root=group[0]) for guess in known]
-    uses = uses or [Use(group[0], "Unknown", group[0], 0, 0)]
-    shape, dtype = weights[group[0]]
-    evidence = "; ".join(dict.fromkeys(guess.evidence for guess in known)) or None
-    pair = pairs.get(group[0])
-    unsupported = None if dtype in _DTYPES else f"dtype {dtype} has no weight normalization"
-    if pair is not None:
-        skip = pair.problem or unsupported
-        groups, axis = (1, None) if pair.problem else pair_axis(entries[pair.g].shape, shape, pair.name)
-        where = tuple(use.where for use in uses)
-        return Site(
-            group[0],
-            uses[0].kind,
-            shape,
-            dtype,
-            axis,
-            groups,
-            "split",
-            pair.scheme,
-            where,
-            tuple(group[1:]),
-            evidence,
-            skip,
-        )
-    site = resolve(uses, shape, dtype, dim=dim, tied=group[1:], evidence=evidence)
-    reason = unsupported or _obstacle(group, entries)
-    return site.skipped(reason) if reason else site
-
-
-def _obstacle(group: list[str], entries: Mapping[str, Entry]) -> str | None:
-    """Why a plain weight cannot be replaced by two tensors."""
-    for name in group:
-        if entries[name].fixed:
-            return f"{name} is held in a list or under a key that is no name, so that g and v cannot be named"
-        taken = next((key for scheme in names.SCHEMES for key in names.spell(name, scheme) if key in entries), None)
-        if taken is not None:
-            return f"{taken} is the name of another tensor"
-    return None

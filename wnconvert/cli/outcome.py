@@ -151,13 +151,20 @@ def _say(message: str, code: int) -> int:
 
 def _show(given: dict[str, Any], data: dict[str, Any], draw: Callable[[int, bool], str] | None) -> None:
     if given["as_json"]:
-        click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+        _write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
     elif draw is not None and not given["quiet"]:
         on_terminal = sys.stdout is not None and sys.stdout.isatty()
         fitted = on_terminal or "COLUMNS" in os.environ
         # In a pipe, one weight is one line, however long its name.
         width = shutil.get_terminal_size().columns if fitted else _UNBOUNDED
-        click.echo(draw(width, on_terminal and os.environ.get("TERM") != "dumb"), nl=False)
+        _write(draw(width, on_terminal and os.environ.get("TERM") != "dumb"))
+
+
+def _write(text: str) -> None:
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        # Now, while a failure still can be told from success.
+        sys.stdout.flush()
 
 
 def _finite(data: Any) -> Any:

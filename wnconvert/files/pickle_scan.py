@@ -58,7 +58,7 @@ def _globals_of_one(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
     strings: list[str] = []
     memo: dict[int, str] = {}
     for opcode, argument, _ in itertools.islice(pickletools.genops(stream), _MOST_OPCODES):
-        if opcode.name == "GLOBAL" or opcode.name == "INST":
+        if opcode.name in {"GLOBAL", "INST"}:
             module, _, name = str(argument).partition(" ")
             yield module, name
         elif opcode.name == "STACK_GLOBAL":

@@ -69,7 +69,7 @@ class SafetensorsDocument:
         """See `Document.save`."""
         write(folder / name, list(self.carrier.entries()), self._metadata, [self._mapped])
 
-    def compare_outputs(self, other: Document) -> OutputCheck | None:
+    def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
 
@@ -87,9 +87,7 @@ def entries(mapped: MappedFile, parsed: header.Header, home: str | None = None) 
         )
 
 
-def write(
-    path: Path, entries: list[Entry], metadata: Mapping[str, str] | None, sources: Iterable[MappedFile]
-) -> None:
+def write(path: Path, entries: list[Entry], metadata: Mapping[str, str] | None, sources: Iterable[MappedFile]) -> None:
     """Write a file. Tensors that did not change are copied byte by byte, the others computed one at a time.
 
     Args:
@@ -113,51 +111,6 @@ def write(
 def stored_size(entry: Entry) -> int:
     """Bytes that a tensor takes in the file."""
     return entry.raw.size if entry.raw else header.size_in_bytes(entry.dtype, entry.shape)
-
-
-def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
-        """See `Document.magnitudes`."""
-        return magnitudes(self.carrier)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its key."""
-        return {entry.name: entry.load() for entry in self.carrier.entries()}
-
-    def save(self, folder: Path, name: str) -> None:
-        """See `Document.save`."""
-        write(folder / name, list(self.carrier.entries()), self._metadata, [self._mapped])
-
-    def compare_outputs(self, other: Document) -> OutputCheck | None:
-        """None: a checkpoint cannot be run."""
-        return None
-
-
-def entries(mapped: MappedFile, parsed: header.Header, home: str | None = None) -> Iterator[Entry]:
-    """Yield the tensors of one file, in the order of their data."""
-    for tensor in parsed.tensors:
-        yield Entry(
-            tensor.name,
-            tensor.shape,
-            tensor.dtype,
-            load=functools.partial(_load, mapped, tensor),
-            home=home,
-            raw=Raw(mapped.path, tensor.start, tensor.size),
-        )
-
-
-def write(path: Path, entries: list[Entry], metadata: Mapping[str, str] | None) -> None:
-    """Write a file. Tensors that did not change are copied byte by byte, the others computed one at a time."""
-    sizes = [
-        entry.raw.size if entry.raw else header.size_in_bytes(entry.dtype, entry.shape) for entry in entries
-    ]
-    rows = zip(entries, sizes, strict=True)
-    with path.open("wb") as file:
-        file.write(header.render(((e.name, e.dtype, e.shape, size) for e, size in rows), metadata))
-        for entry in entries:
-            if entry.raw:
-                _copy(entry.raw, file)
-            else:
-                file.write(_bytes_of(entry.load()))
 
 
 def magnitudes(carrier: StateDictCarrier) -> dict[str, MagnitudeStatistics]:
@@ -206,4 +159,4 @@ def _copy(raw: Raw, file: IO[bytes]) -> None:
 def _bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,8 +1,9 @@
-"""A folder of `.safetensors` shards with an index, as the Hugging Face hub lays it out. The result is again a folder."""
+"""A folder of `.safetensors` shards with an index, as transformers writes it. The result is again a folder."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,7 +84,7 @@ class ShardedDocument:
         text = json.dumps(self._new_index(), indent=2, ensure_ascii=False) + "\n"
         (target / self._index_name).write_text(text, encoding="utf-8")
 
-    def compare_outputs(self, other: Document) -> OutputCheck | None:
+    def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
 
@@ -93,11 +94,11 @@ class ShardedDocument:
 
     def _new_index(self) -> dict[str, Any]:
         """The index with the names and totals of what is there now, in the order in which it listed them."""
-        slots = {slot_name: slot for slot_name, slot in zip(self._names(), self.carrier.slots(), strict=True)}
+        slots = dict(zip(self._names(), self.carrier.slots(), strict=True))
         listed = [entry for key in self._index["weight_map"] for entry in slots[key]]
         totals = {
             "total_size": sum(safetensors.stored_size(entry) for entry in listed),
-            "total_parameters": sum(_count(entry) for entry in listed),
+            "total_parameters": sum(math.prod(entry.shape) for entry in listed),
         }
         metadata = self._index.get("metadata")
         new = dict(self._index)
@@ -122,13 +123,6 @@ class ShardedDocument:
         for path in sorted(self._folder.iterdir()):
             if path.name.endswith(weights) and path.name not in self._shards:
                 yield f"{path.name} is no shard of this index and is copied as it is"
-
-
-def _count(entry: Entry) -> int:
-    count = 1
-    for n in entry.shape:
-        count *= n
-    return count
 
 
 def _indices(folder: Path) -> list[Path]:

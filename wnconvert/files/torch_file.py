@@ -132,7 +132,7 @@ class TorchDocument:
         with refilled(self._tree, self._carriers.state), (folder / name).open("wb") as file:
             torch.save(self._root, file)
 
-    def compare_outputs(self, other: Document) -> OutputCheck | None:
+    def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
 

@@ -87,7 +87,7 @@ def output_fact(check: OutputCheck) -> Text:
         return Text(f"not compared: {text.safe(check.note or 'this format cannot be run')}", "yellow")
     largest = "unknown" if check.largest is None else text.number(check.largest)
     allowed = "none" if check.tolerance is None else text.number(check.tolerance)
-    words = f"largest difference {largest}, tolerance {allowed}, relative to the largest value of an output"
+    words = f"largest relative difference {largest}, tolerance {allowed}"
     note = f"; {text.safe(check.note)}" if check.note else ""
     return Text(words + note, "green" if check.equal else "red")
 

@@ -13,6 +13,17 @@ def safe(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def broken(name: str, width: int) -> str:
+    """A name in lines of at most `width` columns, the later ones indented, broken at dots where there are any."""
+    lines, rest = [], name
+    while len(rest) > width:
+        cut = rest.rfind(".", 3, width)
+        cut = cut if cut > 0 else width
+        lines.append(rest[:cut])
+        rest = f"  {rest[cut:]}"
+    return "\n".join([*lines, rest])
+
+
 def shape(sizes: Sequence[int]) -> str:
     """`512x256x7`; `scalar` for no axes."""
     return "x".join(map(str, sizes)) or "scalar"

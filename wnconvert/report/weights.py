@@ -13,6 +13,9 @@ from wnconvert.report import text
 from wnconvert.report.model import MagnitudeStatistics, Row
 from wnconvert.sites import element_count
 
+_NARROWEST = 16
+"""Columns that names get in any case."""
+
 _ACTION_STYLE = {"split": "green", "folded": "green", "renamed": "green", "skipped": "yellow", "listed": ""}
 
 
@@ -49,7 +52,7 @@ def by_weight(rows: Sequence[Row], width: int, verbose: bool, inspecting: bool) 
         tables = [columns, [dataclasses.replace(c, cells=[c.cells[i] for i in split]) for c in names]]
     shown: list[RenderableType] = []
     for table in tables:
-        shown += [_draw(table), ""]
+        shown += [_draw(_fitted(table, width)), ""]
     return [*shown, notes.table()] if notes.texts else shown[:-1]
 
 
@@ -148,6 +151,17 @@ def _table(*titles: str) -> Table:
             title.lstrip(">*"), justify="right" if title[0] == ">" else "left", no_wrap=not free, overflow="fold"
         )
     return table
+
+
+def _fitted(columns: Sequence[_Column], width: int) -> list[_Column]:
+    """Break the names where the table would be too wide."""
+    names = columns[0]
+    longest = max(len(name.plain) for name in names.cells)
+    room = max(_NARROWEST, width - (_width(_draw(columns)) - longest))
+    if longest <= room:
+        return list(columns)
+    broken = [Text(text.broken(name.plain, room)) for name in names.cells]
+    return [dataclasses.replace(names, cells=broken), *columns[1:]]
 
 
 def _width(table: Table) -> int:

@@ -258,7 +258,7 @@ def _votes_for_conv1d(weights: Mapping[str, Weight]) -> bool:
         if len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
             continue
         key = _Key(name, weights)
-        if key.leaf == "weight" and key.bias in ((weight.shape[0],), (weight.shape[1],)):
-            if _CONV1D_NAME.search(key.label):
-                votes[key.bias == (weight.shape[1],)] += 1
+        matches = key.bias in ((weight.shape[0],), (weight.shape[1],))
+        if key.leaf == "weight" and matches and _CONV1D_NAME.search(key.label):
+            votes[key.bias == (weight.shape[1],)] += 1
     return votes[True] >= votes[False]
