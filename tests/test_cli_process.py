@@ -154,23 +154,27 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("verb", ["apply", "fold"])
-def test_kill_9_leaves_no_output_and_the_input_whole(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "times"),
+    [("fold", 4), *(pytest.param(v, 30, marks=pytest.mark.slow) for v in ("apply", "fold", "rename"))],
+)
+def test_kill_9_leaves_no_output_and_the_input_whole(verb: str, times: int, tmp_path: Path) -> None:
     rng = random.Random(verb)
     file = make(tmp_path / "model.safetensors", 8)
-    if verb == "fold":
+    if verb != "apply":
         assert run("apply", file, "--kind", "*", "-q", "-o", tmp_path / "split.safetensors")[0] == 0
         file = tmp_path / "split.safetensors"
     digest = hashlib.sha256(file.read_bytes()).digest()
     output = tmp_path / "out.safetensors"
+    arguments = [verb, file, "--kind", "*", "-q", "-o", output, *(["--to", "parametrized"] if verb == "rename" else [])]
     began = time.monotonic()
-    assert run(verb, file, "--kind", "*", "-q", "-o", output)[0] == 0
+    assert run(*arguments)[0] == 0
     whole, whole_bytes = time.monotonic() - began, output.read_bytes()
     output.unlink()
 
     staged = 0
-    for _ in range(8):
-        process = start(verb, file, "--kind", "*", "-q", "-o", output)
+    for _ in range(times):
+        process = start(*arguments)
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0.3, 1.0) * whole)
         else:

@@ -93,9 +93,12 @@ def test_load_into_splits_exactly_what_the_checkpoint_holds_split(form: str, tar
     assert torch.allclose(module(x), source(x), atol=1e-6)
     split = {site.name for site in wnconvert.find(module) if site.state == "split"}
     assert split == {"pre.weight", "ups.0.weight", "ups.1.weight"}
-    assert isinstance(module.post, nn.Linear) and type(module.post) is nn.Linear
+    assert type(module.post) is nn.Linear
     wnconvert.fold(source), wnconvert.fold(module)
-    assert all(reference.same_bits(a, b) for a, b in zip(source.state_dict().values(), module.state_dict().values()))
+    assert all(
+        reference.same_bits(a, b)
+        for a, b in zip(source.state_dict().values(), module.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("target", FORMS)
@@ -103,7 +106,10 @@ def test_load_into_splits_a_plain_checkpoint_for_a_split_module(target: str) -> 
     source, module = Vocoder().eval(), split_by(target, Vocoder()).eval()
     wnconvert.load_into(module, source.state_dict())
     wnconvert.fold(module)
-    assert all(reference.same_bits(a, b) for a, b in zip(source.state_dict().values(), module.state_dict().values()))
+    assert all(
+        reference.same_bits(a, b)
+        for a, b in zip(source.state_dict().values(), module.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_load_into_refuses_what_does_not_fit_and_changes_nothing() -> None:
     assert "extra.weight is not in the module" in str(error.value)
     assert "pre.bias has shape [3], the module needs [8]" in str(error.value)
     assert list(module.state_dict()) == list(before)
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before.values()))
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before.values(), strict=True))
 
 
 def test_load_into_refuses_a_magnitude_of_another_axis() -> None:

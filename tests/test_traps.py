@@ -268,7 +268,7 @@ def test_initialising_by_module_apply_takes_effect() -> None:
     # The way vocoders do it: generator.apply(init_weights) with m.weight.data.normal_(0, 0.01).
     module = wnconvert.apply(nn.Sequential(nn.Conv1d(4, 64, 3), nn.Conv1d(64, 64, 3))).model
     module.apply(lambda m: m.weight.data.normal_(0.0, 0.01) if isinstance(m, nn.Conv1d) else None)
-    assert [round(float(layer.weight.std()), 2) for layer in module] == [0.01, 0.01]
+    assert [round(float(layer.weight.detach().std()), 2) for layer in module] == [0.01, 0.01]
 
 
 def test_a_weight_read_before_training_does_not_undo_it() -> None:

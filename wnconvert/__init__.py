@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from wnconvert.api import convert_file as convert_file
     from wnconvert.api import find as find
     from wnconvert.api import fold as fold
-    from wnconvert.loading import load_into as load_into
     from wnconvert.api import verify as verify
+    from wnconvert.loading import load_into as load_into
     from wnconvert.report.model import Report as Report
     from wnconvert.sites import Site as Site
 
@@ -35,7 +35,7 @@ _HOME = {
     "weightnorm": "wnconvert",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

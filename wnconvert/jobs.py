@@ -128,10 +128,10 @@ def _check(path: Path, result: Path, job: Job, report: Report, watcher: Watcher)
     watcher.stage("checking outputs")
     report.outputs = before.compare_outputs(after)
     if report.outputs is not None and report.outputs.equal is False:
-        allowed = f"outputs differ by {report.outputs.largest:.3g}, more than the {report.outputs.tolerance:.3g} allowed"
-        raise VerificationError(
-            f"{path}: {report.outputs.note or allowed}; --no-verify writes the result all the same"
+        allowed = (
+            f"outputs differ by {report.outputs.largest:.3g}, more than the {report.outputs.tolerance:.3g} allowed"
         )
+        raise VerificationError(f"{path}: {report.outputs.note or allowed}; --no-verify writes the result all the same")
 
 
 def _folder_of(path: Path) -> Path | None:

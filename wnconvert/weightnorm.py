@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -160,22 +160,65 @@ def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tens
         like: a tensor to read dtype and device from where `v` is a tracer's stand-in.
     """
     like = v if like is None else like
-    # MPS has no float64; half types are summed in float32, 2^13 times finer than they are.
-    exact = like.dtype in (torch.float32, torch.float64) and like.device.type != "mps"
-    wide = torch.float64 if exact else torch.float32
+    if like is v and not torch.compiler.is_compiling() and _plain_eager():
+        return cast("Tensor", _Compose.apply(g, v, reduced))  # type: ignore[no-untyped-call]
+    return _composed(v, _ratio(g, v, reduced, like)[1], like.dtype)
+
+
+class _Compose(torch.autograd.Function):
+    """The same formula with its gradient by hand (section 2 of the paper), in half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:
+        norm, ratio = _ratio(g, v, reduced, v)
+        ctx.save_for_backward(g, v, norm, ratio)
+        ctx.reduced = reduced
+        return _composed(v, ratio, v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        g, v, norm, ratio = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # For a second derivative the norm must depend on v.
+            norm, ratio = _ratio(g, v, ctx.reduced, v)
+        narrow = v.dtype if v.dtype == torch.float64 else torch.float32
+        dw, direction, length = grads[0].to(narrow), v.to(narrow), norm.to(narrow)
+        product = dw * direction
+        along = (product if ctx.reduced == () else product.sum(ctx.reduced, keepdim=ctx.reduced is not None)) / length
+        dv = torch.addcmul(dw, direction, along / length, value=-1) * ratio.to(narrow)
+        return along.to(g.dtype), dv.to(v.dtype), None
+
+
+def _ratio(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of `v` in a wider type, and `g / ||v||`, exactly 1 where `g` is the rounded norm."""
+    wide = torch.float64 if _has_exact_norm(like) else torch.float32
     if reduced == ():
         norm = v.abs().to(wide)
     else:
         norm = torch.linalg.vector_norm(v, dim=reduced, keepdim=reduced is not None, dtype=wide)
-    if like.dtype == torch.float64 and like is v and not torch.compiler.is_compiling():
+    if like.dtype == torch.float64 and like is v and not torch.compiler.is_compiling() and _plain_eager():
         # float64 has no wider type to hide the order of the additions in, so take the one norm that never changes.
         norm = norm + (_norm_like(norm, v, reduced) - norm).detach()
     ratio = g / norm
     # Half an ulp, and a little for the norm's own rounding: more would let a trained row differ from fold by 2 ulp.
     fresh = (ratio - 1).abs() <= torch.finfo(like.dtype).eps * (0.5 + 2**-7)
     # ratio + (1 - ratio) is exactly 1 this close to 1, and the gradient stays that of the ratio.
-    ratio = ratio + torch.where(fresh, 1 - ratio, 0).detach()
-    return (v * (ratio.to(like.dtype) if exact else ratio)).to(like.dtype)
+    return norm, ratio + torch.where(fresh, 1 - ratio, 0).detach()
+
+
+def _composed(v: Tensor, ratio: Tensor, dtype: torch.dtype) -> Tensor:
+    """`v * ratio` with the ratio rounded to float32 or float64 and the product rounded once to v's dtype."""
+    return (v * ratio.to(dtype if dtype == torch.float64 else torch.float32)).to(dtype)
+
+
+def _has_exact_norm(v: Tensor) -> bool:
+    # MPS has no float64; half types are summed in float32, 2^13 times finer than they are.
+    return v.dtype in (torch.float32, torch.float64) and v.device.type != "mps"
+
+
+def _plain_eager() -> bool:
+    """Neither a tracer nor a transform of torch.func is looking on: they want the formula itself."""
+    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:

@@ -24,14 +24,15 @@ def by_kind(rows: Sequence[Row]) -> Table:
     groups: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.site.kind, row.action, row.reason), []).append(row)
-    table = _table("KIND", ">WEIGHTS", ">VALUES", "ACTION", "*REASON")
+    reasons = ["*REASON"] if any(row.reason for row in rows) else []
+    table = _table("KIND", ">WEIGHTS", ">VALUES", "ACTION", *reasons)
     for (kind, action, reason), members in sorted(groups.items(), key=lambda group: group[0][1] == "skipped"):
         table.add_row(
             Text(text.safe(kind)),
             Text(f"{len(members):,}"),
             Text(f"{sum(element_count(row.site) for row in members):,}"),
             Text(action, _ACTION_STYLE[action]),
-            Text(text.safe(f"{reason}: {_names(members)}") if reason else ""),
+            *(Text(text.safe(f"{reason}: {_names(members)}") if reason else "") for _ in reasons),
         )
     return table
 

@@ -5,10 +5,12 @@ Nothing here imports torch before a network is built.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,10 @@ _BUILD_ERRORS = (
 )
 
 
+_Rename = Callable[[str], str | None]
+"""From a name of the network to one of the checkpoint, or None for a part that the checkpoint does not hold."""
+
+
 def walker_for(spec: str | None, path: Path) -> ArchWalker | None:
     """Make the walker that `--arch` asks for, or None if it asks for nothing.
 
@@ -61,6 +67,23 @@ def walker_for(spec: str | None, path: Path) -> ArchWalker | None:
     return ArchWalker(spec, lambda: _from_callable(spec, source, name))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Network:
+    """What the walk needs of a network.
+
+    Attributes:
+        shapes: of every tensor, by plain name.
+        required: for each parameter the names of that same parameter, one of which a checkpoint must hold.
+        uses: of its weights.
+        note: why torch.fx could not trace it, or None.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    required: Mapping[str, tuple[str, ...]]
+    uses: Sequence[Use]
+    note: str | None
+
+
 class ArchWalker:
     """Knows the layers of one network. Built when it is first asked."""
 
@@ -79,34 +102,52 @@ class ArchWalker:
             UsageError: the network cannot be built.
             InputError: no part of the checkpoint fits it.
         """
-        module = self._on_meta_device()
-        shapes, required = _shapes(module)
-        uses = self._uses(module, shapes)
-        fits, worst = [], None
-        for prefix, rename in _placements(shapes, weights):
-            differences = list(_differences(prefix, rename, shapes, required, weights))
-            if not differences:
-                fits.append(rename)
-            elif worst is None or len(differences) < len(worst):
-                worst = differences
-        if not fits:
-            raise InputError(
-                f"--arch {self._spec}: the checkpoint does not fit: {_shorten(worst or ['nothing in common'])}"
-            )
+        network = self._network
+        self.name, notes = ("modules", [network.note]) if network.note else ("fx", [])
         found: dict[str, Guess] = {}
         covered: set[str] = set()
-        for rename in fits:
-            covered |= {name for name in map(rename, shapes) if name is not None}
-            for use in uses:
+        for rename in self._fits(network, weights):
+            covered |= {name for name in map(rename, network.shapes) if name is not None}
+            for use in network.uses:
                 name = rename(use.root)
                 if name is not None and name in weights:
                     found.setdefault(name, Guess(use, f"a {use.kind} of {self._spec}"))
         rest = {name: weight for name, weight in keys.find(weights).items() if name not in covered}
         if rest:
             others = ", ".join(sorted({name.partition(".")[0] for name in rest}))
-            notes = [self.note, f"not part of {self._spec}, so inferred from the keys: {others}"]
-            self.note = "; ".join(note for note in notes if note)
+            notes.append(f"not part of {self._spec}, so inferred from the keys: {others}")
+        self.note = "; ".join(notes) or None
         return found | rest
+
+    def _fits(self, network: _Network, weights: Mapping[str, Weight]) -> list[_Rename]:
+        """Every place of the checkpoint that holds exactly this network."""
+        fits: list[_Rename] = []
+        nearest = ["nothing in common"]
+        fewest = math.inf
+        for prefix, rename in _placements(network.shapes, weights):
+            differences = list(_differences(prefix, rename, network, weights))
+            if not differences:
+                fits.append(rename)
+            elif len(differences) < fewest:
+                nearest, fewest = differences, len(differences)
+        if not fits:
+            raise InputError(f"--arch {self._spec}: the checkpoint does not fit: {_shorten(nearest)}")
+        return fits
+
+    @functools.cached_property
+    def _network(self) -> _Network:
+        from wnconvert.walk import fx, modules
+
+        module = self._on_meta_device()
+        shapes, required = _shapes(module)
+        hidden = {pair.name for pair in find_pairs(_stored_shapes(module)) if pair.problem is None}
+        uses = list(modules.find_uses(module, hidden))
+        note = None
+        try:
+            uses += fx.trace(module).uses
+        except fx.TraceFailed as error:
+            note = f"torch.fx cannot trace it ({error})"
+        return _Network(shapes, required, [use for use in uses if use.root in shapes], note)
 
     def _on_meta_device(self) -> nn.Module:
         import torch
@@ -120,18 +161,6 @@ class ArchWalker:
         if not isinstance(module, torch.nn.Module):
             raise UsageError(f"--arch {self._spec}: gives a {type(module).__name__}, not an nn.Module")
         return module
-
-    def _uses(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Use]:
-        from wnconvert.walk import fx, modules
-
-        hidden = {pair.name for pair in find_pairs(_stored_shapes(module)) if pair.problem is None}
-        uses = list(modules.find_uses(module, hidden))
-        try:
-            uses += fx.trace(module).uses
-            self.name = "fx"
-        except fx.TraceFailed as error:
-            self.note = f"torch.fx cannot trace it ({error})"
-        return [use for use in uses if use.root in shapes]
 
 
 def _from_callable(spec: str, source: str, name: str) -> nn.Module:
@@ -187,10 +216,6 @@ def _shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tu
     return shapes, required | {pair.name: (pair.name,) for pair in pairs}
 
 
-_Rename = Callable[[str], str | None]
-"""From a name of the network to one of the checkpoint, or None for a part that the checkpoint does not hold."""
-
-
 def _placements(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Weight]) -> Iterator[tuple[str, _Rename]]:
     """Yield the ways in which the names of a network may be those of a checkpoint: as they are, nested, or cut short.
 
@@ -220,19 +245,19 @@ def _cut(prefix: str, name: str) -> str | None:
 def _differences(
     prefix: str,
     rename: _Rename,
-    shapes: Mapping[str, tuple[int, ...]],
-    required: Mapping[str, tuple[str, ...]],
+    network: _Network,
     weights: Mapping[str, Weight],
 ) -> Iterator[str]:
     """Say how a checkpoint differs from a network. Buffers may be missing, and integers be left over."""
-    placed = {name: new for name in shapes if (new := rename(name)) is not None}
+    placed = {name: new for name in network.shapes if (new := rename(name)) is not None}
     for name, new in placed.items():
         weight = weights.get(new)
         if weight is None:
-            if name in required and not any(placed.get(tied) in weights for tied in required[name]):
+            same = network.required.get(name, ())
+            if same and not any(placed.get(tied) in weights for tied in same):
                 yield f"{new} is missing"
-        elif weight.shape != shapes[name]:
-            yield f"{new} has shape {list(weight.shape)}, the network needs {list(shapes[name])}"
+        elif weight.shape != network.shapes[name]:
+            yield f"{new} has shape {list(weight.shape)}, the network needs {list(network.shapes[name])}"
     known = set(placed.values())
     for name, weight in weights.items():
         if name not in known and name.startswith(prefix) and "float" in weight.dtype:

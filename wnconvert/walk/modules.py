@@ -50,8 +50,8 @@ def kind_of(module: nn.Module) -> ModuleKind | None:
 def output_axis(axis: int, out_axis: int, groups: int) -> tuple[Axis, int]:
     """Where the output units of a layer are, and in how many groups its weight must be seen for that.
 
-    A transposed convolution of several groups has shape `[in, out / groups, ...]`: an output unit is a pair of group and
-    index, and its vector runs over the inputs of that group.
+    A transposed convolution of several groups has shape `[in, out / groups, ...]`: an output unit is a pair of group
+    and index, and its vector runs over the inputs of that group.
     """
     if groups > 1 and axis != out_axis:
         return (0, out_axis + 1), groups

@@ -16,7 +16,7 @@ from wnconvert.carriers.onnx import external, tensors
 from wnconvert.carriers.onnx.graphs import Constant, GraphIndex, Scope, all_tensors
 from wnconvert.carriers.onnx.pairs import Pair, emit, find_pairs
 from wnconvert.carriers.onnx.uses import find_uses
-from wnconvert.errors import UsageError
+from wnconvert.errors import InputError, UsageError
 from wnconvert.sites import Dim, Scheme, Site, Use, resolve
 
 
@@ -86,10 +86,13 @@ class OnnxCarrier:
         Pairs in a graph are found by structure, so `scheme` does not matter.
         """
         value = self._by_name[site.name]
-        if v is not self._last_read:
-            self._write(value.tensor, lambda: v)
         magnitude = tensors.make(self.index.new_name(names.spell(value.name, "legacy")[0]), g)
         made = emit(self.index, value, magnitude, site.axis, site.groups)
+        if v is not self._last_read:
+            if external.is_external(value.tensor):
+                # The original data stays where it is, and fold finds the way back to it.
+                made.nodes[-1].doc_string = external.reference(value.tensor)
+            self._write(value.tensor, lambda: v)
         _add(value, made.nodes, self._hold(value.scope, made.constants))
         for consumer in value.consumers:
             consumer.node.input[consumer.position] = made.result
@@ -97,7 +100,8 @@ class OnnxCarrier:
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
         """Take the nodes and the magnitude out again, and let every reader read the tensor itself."""
         pair = self._pair_of[self._by_name[site.name]]
-        if not tensors.same_bits(weight(), self._read(pair.v)):
+        folded = weight()
+        if not tensors.same_bits(folded, self._read(pair.v)) and not self._restore(pair, folded):
             self._write(pair.v.tensor, weight)
         for consumer in pair.result.consumers:
             consumer.node.input[consumer.position] = pair.v.name
@@ -200,6 +204,20 @@ class OnnxCarrier:
             self._changed[id(tensor)] = (tensor, data)
         else:
             tensors.write_inline(tensor, data())
+
+    def _restore(self, pair: Pair, weight: Tensor) -> bool:
+        """Let a tensor refer to its original external data again, if that still is the weight, bit for bit."""
+        original = external.recall(pair.nodes[-1].doc_string, pair.v.tensor)
+        if original is None:
+            return False
+        try:
+            same = tensors.same_bits(weight, external.read(original, self.folder))
+        except InputError:
+            return False
+        if same:
+            self._changed.pop(id(pair.v.tensor), None)
+            pair.v.tensor.CopyFrom(original)
+        return same
 
     def _hold(self, scope: Scope, constants: Iterable[TensorProto]) -> list[NodeProto]:
         """Put new tensors into a graph: as initializers, or as nodes where an initializer has to be an input too."""

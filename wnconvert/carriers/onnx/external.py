@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
+import json
 import mmap
 import os
 import shutil
@@ -19,6 +20,8 @@ from wnconvert.errors import InputError
 
 INLINE = 1024
 """Tensors below this many bytes are written into the model itself."""
+
+_REMEMBERED = "wnconvert: the weight is at "
 
 _ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map them."""
@@ -87,6 +90,28 @@ def read(tensor: TensorProto, folder: Path) -> Tensor:
     with part.path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), part.offset + part.length - start, access=mmap.ACCESS_COPY, offset=start)
     return tensors.from_bytes(tensor, memoryview(mapped), part.offset - start)
+
+
+def reference(tensor: TensorProto) -> str:
+    """Where the data of an external tensor is, as a line that `recall` reads."""
+    return _REMEMBERED + json.dumps([[entry.key, entry.value] for entry in tensor.external_data])
+
+
+def recall(line: str, tensor: TensorProto) -> TensorProto | None:
+    """The tensor as it was when `reference` made this line, or None if the line is something else."""
+    if not line.startswith(_REMEMBERED):
+        return None
+    made = TensorProto()
+    made.CopyFrom(tensor)
+    made.ClearField("raw_data")
+    made.data_location = TensorProto.EXTERNAL
+    del made.external_data[:]
+    try:
+        for key, value in json.loads(line.removeprefix(_REMEMBERED)):
+            made.external_data.add(key=key, value=value)
+    except (ValueError, TypeError):
+        return None
+    return made
 
 
 def stage(locations: Iterable[str], source: Path, folder: Path) -> None:
