@@ -28,7 +28,7 @@ def regenerated(text: str, folder: Path) -> str:
     return _BLOCK.sub(block, text)
 
 
-def main(check: bool) -> int:
+def main(*, check: bool) -> int:
     """Rewrite README.md, or say what is stale in it."""
     old = README.read_text()
     new = regenerated(old, prepare())
@@ -41,4 +41,4 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+    sys.exit(main(check="--check" in sys.argv[1:]))

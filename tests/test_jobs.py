@@ -36,7 +36,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("model.pt", "apply", "model.wn.pt"),
         ("model.pt", "fold", "model.folded.pt"),
         ("generator.pth.tar", "fold", "generator.folded.pth.tar"),
-        ("model.safetensors.index.json", "apply", "model.wn.safetensors.index.json"),
         ("v1.0.onnx", "rename", "v1.0.renamed.onnx"),
         ("weights", "apply", "weights.wn"),
         ("g_02500000", "fold", "g_02500000.folded"),
@@ -46,6 +45,13 @@ def test_default_output(name: str, command: str, expected: str, monkeypatch: pyt
     monkeypatch.undo()
 
     assert Path("x", expected) == default_output(Path("x", name), command)
+
+
+def test_default_output_of_shards_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+
+    for path in (tmp_path / "llama", tmp_path / "llama" / "model.safetensors.index.json"):
+        assert default_output(path, "apply") == tmp_path / "llama.wn"
 
 
 def test_apply_then_fold_gives_the_tensors_back(model: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_file_in_the_way_is_never_overwritten(tmp_path):
     source.mkdir(), target.mkdir()
     original = make_external(network(), source)
     (target / "weights.bin").write_bytes(b"another model")
-    with pytest.raises(InputError, match="weights.bin: exists and is not the data of this model"):
+    with pytest.raises(InputError, match=r"weights\.bin: exists and is not the data of this model"):
         convert_file(original, target / "model.onnx", Job("apply", overwrite=True))
     assert (target / "weights.bin").read_bytes() == b"another model"
     assert [path.name for path in target.iterdir()] == ["weights.bin"]
@@ -177,7 +177,7 @@ def test_a_truncated_file_is_named(tmp_path):
     path = make_external(network(), tmp_path)
     data = tmp_path / "weights.bin"
     data.write_bytes(data.read_bytes()[:-100])
-    with pytest.raises(InputError, match="weights.bin: truncated"):
+    with pytest.raises(InputError, match=r"weights\.bin: truncated"):
         files.read(path)
 
 

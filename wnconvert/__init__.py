@@ -35,7 +35,18 @@ _HOME = {
     "weightnorm": "wnconvert",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "Report",
+    "Result",
+    "Site",
+    "apply",
+    "convert_file",
+    "find",
+    "fold",
+    "load_into",
+    "verify",
+    "weightnorm",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,19 @@ def parts(view: Tensor, kept: int, block: int) -> Iterator[Tensor]:
         yield view[i : i + step]
 
 
+def workspace(scratch: Tensor, part: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Two views of one piece of `scratch`: in the shape of `part`, and as `[rows, columns]`.
+
+    They are laid out as `part` is, so that copying between them runs along memory on both sides.
+    """
+    flat, rows = scratch[: part.numel()], math.prod(part.shape[:kept])
+    if 0 < kept < part.dim() and part.stride(kept - 1) < part.stride(-1):
+        last = flat.view(*part.shape[kept:], *part.shape[:kept])
+        order = (*range(part.dim() - kept, part.dim()), *range(part.dim() - kept))
+        return last.permute(order), flat.view(-1, rows).t()
+    return flat.view(part.shape), flat.view(rows, -1)
+
+
 def pieces(view: Tensor, start: int, stop: int) -> Iterator[Tensor]:
     """Yield views that cover the elements `start..stop` of `view` in row-major order, without copying it."""
     if stop - start == view.numel():

@@ -7,10 +7,11 @@ code 1.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from wnconvert.files.onnx_inputs import Unsupported, assignments, element_type, make, open_dims, resolve
+from wnconvert.files.onnx_inputs import Dims, Unsupported, assignments, element_type, make, open_dims, resolve
 
 SEARCH_SECONDS = 60.0
 """For finding inputs, all together."""
@@ -43,7 +44,30 @@ _ERRORS = (
     MemoryError,
 )
 
+MAX_ACCEPTED = 12
+"""Sizes that run, of which the one is taken that shows most."""
+
+IMPROVE_SECONDS = 10.0
+"""For finding better sizes once some run."""
+
+MAX_PROBED = 4
+"""Inputs whose influence is looked at."""
+
+VISIBLE = 1e-2
+"""Of the largest value of an output: what counts as an influence on it."""
+
 Feed = dict[str, Any]
+Declared = tuple[str, type[np.generic], bool, Dims]
+
+
+@dataclasses.dataclass
+class Run:
+    """Inputs that the model accepts, what it makes of them, and how many of them matter."""
+
+    sizes: dict[str, int]
+    feed: Feed
+    outputs: Feed
+    influence: int = 0
 
 
 def main() -> int:
@@ -64,39 +88,75 @@ def _session(model: str) -> onnxruntime.InferenceSession:
 
 def _search(session: onnxruntime.InferenceSession, folder: Path) -> int:
     hints = json.loads((folder / "hints.json").read_text())
-    inputs = session.get_inputs()
-    declared = [(i.name, *element_type(i.type), i.shape) for i in inputs]
-    found, last = 0, None
+    declared = [(i.name, *element_type(i.type), i.shape) for i in session.get_inputs()]
     deadline = time.monotonic() + SEARCH_SECONDS
-    known: dict[str, int] | None = None
+    found: list[Run] = []
+    problem: object = "no inputs were found that it accepts"
     for scalar in dict.fromkeys([1, *hints, 0]):
-        for sizes in _candidates(declared, known):
-            feed = _feed(declared, sizes, scalar)
-            try:
-                outputs = session.run(None, feed)
-            except _ERRORS as error:
-                last = error
-                if time.monotonic() > deadline:
-                    break
-                continue
-            known = sizes
-            _write(folder / f"inputs-{found}.npz", feed)
-            _write(folder / f"expected-{found}.npz", _named(session, outputs))
-            found += 1
+        known = [found[-1].sizes] if found else []
+        best, error = _best_run(session, declared, scalar, known, deadline)
+        problem = error or problem
+        found += [best] if best is not None else []
+        if len(found) == MAX_RUNS or time.monotonic() > deadline or not _takes_scalars(declared, known):
             break
-        if found == MAX_RUNS or time.monotonic() > deadline or not _takes_scalars(feed):
+    for i, run in enumerate(found):
+        _write(folder / f"inputs-{i}.npz", run.feed)
+        _write(folder / f"expected-{i}.npz", run.outputs)
+    return 0 if found else _fail(problem)
+
+
+def _best_run(
+    session: onnxruntime.InferenceSession,
+    declared: list[Declared],
+    scalar: int,
+    known: list[dict[str, int]],
+    deadline: float,
+) -> tuple[Run | None, Exception | None]:
+    """Find sizes that the model accepts, and of those the first ones under which every input has an influence.
+
+    A window that is too short, or an image too small, runs as well but reaches no weight.
+    """
+    best: Run | None = None
+    error: Exception | None = None
+    accepted = 0
+    for sizes in itertools.chain(known, assignments(open_dims([shape for *_, shape in declared]))):
+        if time.monotonic() > deadline or accepted == MAX_ACCEPTED:
             break
-    return 0 if found else _fail(last or "no inputs were found that it accepts")
+        feed = _feed(declared, sizes, scalar, seed=0)
+        try:
+            run = Run(sizes, feed, _named(session, session.run(None, feed)))
+        except _ERRORS as refused:
+            error = refused
+            continue
+        if not accepted:
+            deadline = min(deadline, time.monotonic() + IMPROVE_SECONDS)
+        accepted += 1
+        other = _feed(declared, sizes, scalar, seed=1)
+        wanted = [name for name, x in feed.items() if np.asarray(x).dtype.kind == "f"][:MAX_PROBED]
+        run.influence = sum(_differs(run.outputs, session.run(None, feed | {name: other[name]})) for name in wanted)
+        if best is None or run.influence > best.influence:
+            best = run
+        if run.influence == len(wanted):
+            break
+    return best, error
 
 
-def _candidates(declared: list[Any], known: dict[str, int] | None) -> Iterator[dict[str, int]]:
-    if known is not None:
-        yield known
-    yield from assignments(open_dims([shape for *_, shape in declared]))
+def _differs(outputs: Feed, others: list[Any]) -> bool:
+    """Whether other outputs are visibly not the same."""
+    arrays = [array for other in others for array in _arrays(other)]
+    for x, y in zip(outputs.values(), arrays, strict=False):
+        if x.dtype.kind != "f" or x.shape != y.shape:
+            if not np.array_equal(x, y):
+                return True
+            continue
+        scale = max(float(np.max(np.abs(x), initial=0, where=np.isfinite(x))), VISIBLE)
+        if not np.allclose(x, y, rtol=0, atol=VISIBLE * scale, equal_nan=True):
+            return True
+    return False
 
 
-def _feed(declared: list[Any], sizes: dict[str, int], scalar: int) -> Feed:
-    rng = np.random.default_rng(0)
+def _feed(declared: list[Declared], sizes: dict[str, int], scalar: int, seed: int) -> Feed:
+    rng = np.random.default_rng(seed)
     feed: Feed = {}
     for i, (name, kind, sequence, dims) in enumerate(declared):
         value = make(rng, kind, resolve(i, dims, sizes), scalar)
@@ -104,9 +164,13 @@ def _feed(declared: list[Any], sizes: dict[str, int], scalar: int) -> Feed:
     return feed
 
 
-def _takes_scalars(feed: Feed) -> bool:
+def _takes_scalars(declared: list[Declared], known: list[dict[str, int]]) -> bool:
     """Whether another `scalar` makes another feed."""
-    return any(isinstance(x, np.ndarray) and x.size == 1 and x.dtype.kind in "iu" for x in feed.values())
+    sizes = known[0] if known else dict.fromkeys(open_dims([shape for *_, shape in declared]), 1)
+    return any(
+        issubclass(kind, np.integer) and int(np.prod(resolve(i, dims, sizes))) == 1
+        for i, (_, kind, _, dims) in enumerate(declared)
+    )
 
 
 def _replay(session: onnxruntime.InferenceSession, folder: Path) -> int:

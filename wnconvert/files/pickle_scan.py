@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -20,6 +22,19 @@ _HARMLESS = (
 )
 """Modules whose classes hold tensors and plain data. What a person wants to be told of comes from elsewhere."""
 
+_DAMAGE = (
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    StopIteration,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 _MOST_OPCODES = 5_000_000
 
 
@@ -32,7 +47,7 @@ def foreign_classes(path: Path) -> list[str]:
     try:
         with _pickle_stream(path) as stream:
             found = list(dict.fromkeys(_globals(stream)))
-    except (ValueError, OSError, EOFError, KeyError, IndexError, zipfile.BadZipFile, NotImplementedError):
+    except _DAMAGE:
         return []
     return [f"{module}.{name}" for module, name in found if module not in _HARMLESS]
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.serialization import SourceChangeWarning
 
 from wnconvert.carriers import Carrier
 from wnconvert.carriers.composite import CompositeCarrier
@@ -55,8 +55,13 @@ _DAMAGE = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
 )
+
+
+# What pickling raises on objects that cannot be pickled, and torch on a disk that is full.
+_UNSAVEABLE = (AttributeError, RecursionError, RuntimeError, TypeError, ValueError, pickle.PicklingError)
 
 
 def recognise(path: Path) -> bool:
@@ -130,7 +135,10 @@ class TorchDocument:
         for part in self._carriers.modules:
             part.clean()
         with refilled(self._tree, self._carriers.state), (folder / name).open("wb") as file:
-            torch.save(self._root, file)
+            try:
+                torch.save(self._root, file)
+            except _UNSAVEABLE as error:
+                raise InputError(f"{name}: cannot be written: {_line(error)}") from error
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
@@ -194,7 +202,9 @@ def _notes(found: Tree) -> Iterator[str]:
 
 def _load(path: Path, zipped: bool, unsafe: bool) -> object:
     try:
-        with torch.serialization.safe_globals(_plain_data()):
+        with torch.serialization.safe_globals(_plain_data()), warnings.catch_warnings():
+            # Deprecated storages and old pickle protocols are the author's affair, not the reader's.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except _DAMAGE as error:
         foreign = pickle_scan.foreign_classes(path)
@@ -211,7 +221,7 @@ def _load(path: Path, zipped: bool, unsafe: bool) -> object:
 def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SourceChangeWarning)
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
     except _DAMAGE as error:
         missing = next((name for name in foreign if not _can_be_imported(name)), None)
@@ -246,4 +256,6 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    # torch begins with advice for its own callers.
+    said = next((line for line in lines if "WeightsUnpickler error" in line), lines[0] if lines else "")
+    return said.strip()[:200] or type(error).__name__

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -26,6 +25,9 @@ WALKERS = {
     "keys": "the names and shapes of its tensors",
     "onnx": "the ONNX graph",
 }
+NARROWEST = 60
+"""Columns that are used at least; a terminal with fewer breaks the lines itself."""
+
 _DONE: dict[str, Action] = {"apply": "split", "fold": "folded", "rename": "renamed"}
 
 
@@ -45,7 +47,11 @@ def report_text(
     if report.rows:
         listed = report.command == "inspect"
         parts.append("")
-        parts += by_weight(report.rows, width, verbose, listed) if listed or verbose else [by_kind(report.rows)]
+        parts += (
+            by_weight(report.rows, max(width, NARROWEST), verbose, listed)
+            if listed or verbose
+            else [by_kind(report.rows)]
+        )
     facts = _facts(report)
     if facts:
         parts += ["", fact_list(facts)]
@@ -57,7 +63,7 @@ def draw(parts: Iterable[RenderableType], width: int, color: bool) -> str:
     file = io.StringIO()
     console = Console(
         file=file,
-        width=width,
+        width=max(width, NARROWEST),
         force_terminal=color,
         no_color=not color or bool(os.environ.get("NO_COLOR")),
         color_system="standard" if color else None,
@@ -120,7 +126,12 @@ def _facts(report: Report) -> list[tuple[str, Text]]:
     if report.outputs is not None:
         facts.append(("outputs", output_fact(report.outputs)))
     facts += [("note", Text(text.safe(note))) for note in report.notes]
-    for name, bytes_ in report.files.items():
-        folder = Path(report.output or "").parent
-        facts.append(("wrote", Text(f"{text.safe(str(folder / name))}, {text.size(bytes_)}")))
+    if report.files:
+        facts.append(("wrote", Text(_written(report))))
     return facts
+
+
+def _written(report: Report) -> str:
+    size = text.size(sum(report.files.values()))
+    files = f", {len(report.files)} files" if len(report.files) > 1 else ""
+    return f"{text.safe(report.output or '')}{files}, {size}"

@@ -33,7 +33,7 @@ _TRANSPOSED_NAME = re.compile(
 )
 _CONV1D_NAME = re.compile(r"^c_(attn|proj|fc)$|^q_attn$")
 _TABLE_NAME = re.compile(r"embed|_emb$|^emb_|token|_table$|position|^pos_|prompt|latent|quer(y|ies)$|^pe$")
-_NOT_A_WEIGHT = re.compile(r"(^|_)bias(_|$)|^(beta|gamma|scale)$|^running_|_cached$|mask|^inv_freq$|^_?buffer")
+_NOT_A_WEIGHT = re.compile(r"(^|_)bias(_[a-z]{1,2}(_.*)?)?$|^(beta|gamma|scale)$|^running_|_cached$|mask|^inv_freq$|^_?buffer")
 
 
 class Weight(NamedTuple):
@@ -86,6 +86,11 @@ class _Key:
         return self.name.rpartition(".")[2]
 
     @property
+    def parametrized(self) -> bool:
+        """Whether it is the state of one of torch's parametrizations."""
+        return ".parametrizations." in f".{self.name}"
+
+    @property
     def label(self) -> str:
         """The last part of the layer's name that says something: `ups` of `generator.ups.0.weight`."""
         parts = self.module.lower().split(".")
@@ -113,6 +118,8 @@ class _Key:
 def _guess(key: _Key) -> Guess | None:
     if not key.shape or _NOT_A_WEIGHT.search(key.leaf):
         return None
+    if key.parametrized and not key.leaf.startswith("original"):
+        return None
     if "float" not in key.weights[key.name].dtype and "weight" not in key.leaf:
         return None
     return next((guess for rule in _RULES if (guess := rule(key)) is not None), None)
@@ -120,7 +127,7 @@ def _guess(key: _Key) -> Guess | None:
 
 def _computed(key: _Key) -> Guess | None:
     """The source of a weight that something else computes: spectral norm, pruning, any other parametrization."""
-    if ".parametrizations." in f".{key.name}":
+    if key.parametrized:
         return key.guess("Unknown", "its name", "another parametrization computes a weight from it")
     if key.leaf.endswith("_orig"):
         return key.guess("Unknown", "its name", "spectral norm or pruning computes a weight from it")

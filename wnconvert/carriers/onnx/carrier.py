@@ -39,7 +39,7 @@ class OnnxCarrier:
         self.folder = folder
         # Data that no longer is what an external tensor refers to, by the identity of that tensor.
         self._changed: dict[int, tuple[TensorProto, Callable[[], Tensor]]] = {}
-        self._last_read: Tensor | None = None
+        self._last_read = torch.empty(0)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -88,7 +88,8 @@ class OnnxCarrier:
         value = self._by_name[site.name]
         magnitude = tensors.make(self.index.new_name(names.spell(value.name, "legacy")[0]), g)
         made = emit(self.index, value, magnitude, site.axis, site.groups)
-        if v is not self._last_read:
+        # Where no row had to change, v is the tensor that was read.
+        if v.data_ptr() != self._last_read.data_ptr():
             if external.is_external(value.tensor):
                 # The original data stays where it is, and fold finds the way back to it.
                 made.nodes[-1].doc_string = external.reference(value.tensor)
@@ -207,7 +208,8 @@ class OnnxCarrier:
 
     def _restore(self, pair: Pair, weight: Tensor) -> bool:
         """Let a tensor refer to its original external data again, if that still is the weight, bit for bit."""
-        original = external.recall(pair.nodes[-1].doc_string, pair.v.tensor)
+        last = pair.result.node
+        original = None if last is None else external.recall(last.doc_string, pair.v.tensor)
         if original is None:
             return False
         try:

@@ -30,7 +30,7 @@ class Pair:
         v: the direction, which keeps the name of the plain weight.
         g: the magnitude.
         result: what the layers read.
-        nodes: from `v` to `result`.
+        nodes: the formula, in no order.
         helpers: constants that only say which axes and shapes.
         axis: what `g` keeps, as in a `Site`.
         groups: as in a `Site`.
@@ -137,7 +137,7 @@ def _match(index: GraphIndex, product: Value) -> Pair | None:
     axis = _kept(x, g, groups, reduced, view)
     if axis is False:
         return None
-    nodes = tuple(value.node for value in reversed(chain) if value.node is not None)
+    nodes = tuple(value.node for value in chain if value.node is not None)
     helpers = tuple(value for value in (view, shape, axes) if isinstance(value, Constant))
     pair = Pair(x, g, result, nodes, helpers, axis, groups)
     return dataclasses.replace(pair, problem=_problem(index, pair, [c for c in chain if c is not result]))
