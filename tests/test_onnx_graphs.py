@@ -356,6 +356,20 @@ def test_rename_says_that_there_is_nothing_to_rename():
         convert.rename(carrier(applied(layer(CASES[0]))), "parametrized")
 
 
+def test_tensors_of_every_type_are_read():
+    """Among them types that torch does not have, packed ones, and those that are kept in typed fields."""
+    original = layer(CASES[0])
+    kinds = [k for k in TensorProto.DataType.values() if k not in (TensorProto.UNDEFINED, TensorProto.STRING)]
+    for kind in kinds:
+        original.graph.initializer.append(helper.make_tensor(f"t{kind}", kind, [3, 1], [0, 1, 1]))
+    original.graph.initializer.append(helper.make_tensor("text", TensorProto.STRING, [1], [b"a"]))
+    split = applied(original)
+    comparison = compare.compare_weights(carrier(original), carrier(split))
+    assert comparison.identical
+    assert comparison.compared == len(kinds) + 1
+    assert serialized(folded(split)) == serialized(original)
+
+
 def test_every_tensor_is_compared():
     original = conditional(17, "own")
     other = copy(original)

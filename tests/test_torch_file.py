@@ -21,6 +21,7 @@ from wnconvert import convert, jobs
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError, NothingToDo
 from wnconvert.files import ReadOptions, tree
+from wnconvert.files.torch_file import carrier_of
 from wnconvert.sites import Selection
 
 
@@ -93,6 +94,7 @@ def test_containers_keep_their_types_and_attributes(tmp_path: Path) -> None:
     assert type(split["pair"]) is tuple
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:TypedStorage:UserWarning")
 def test_special_tensors_are_left_as_they_are(tmp_path: Path) -> None:
     value = {
         "net": _network(),
@@ -258,7 +260,12 @@ class TestWholeModules:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))
         ema = nn.Linear(3, 4)
-        value = {"model": module, "ema": ema, "epoch": 3, "raw": {"fc.weight": torch.rand(2, 3), "fc.bias": torch.rand(2)}}
+        value = {
+            "model": module,
+            "ema": ema,
+            "epoch": 3,
+            "raw": {"fc.weight": torch.rand(2, 3), "fc.bias": torch.rand(2)},
+        }
         torch.save(value, tmp_path / "in.pt")
         return tmp_path / "in.pt"
 
@@ -337,6 +344,39 @@ def _pickle_of(path: Path) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
+class TestInMemory:
+    """State dicts that come from no file."""
+
+    def test_the_dict_is_left_alone_and_the_result_is_like_it(self) -> None:
+        weights = state()
+        before = dict(weights)
+        value = {"net": weights, "epoch": 3}
+
+        carrier = carrier_of(value)
+        convert.apply(carrier)
+        split = carrier.rebuild()
+
+        assert list(weights) == list(before)
+        assert all(weights[key] is before[key] for key in before)
+        assert type(split["net"]) is OrderedDict
+        assert split["net"]._metadata == weights._metadata  # type: ignore[attr-defined]
+        assert split["epoch"] == 3
+        assert split["net"]["conv.weight_v"].data_ptr() == weights["conv.weight"].data_ptr()
+
+        carrier = carrier_of(split)
+        convert.fold(carrier)
+        assert_same_contents(value, carrier.rebuild())
+
+    def test_a_dict_in_two_places_stays_one(self) -> None:
+        weights = _network()
+        carrier = carrier_of({"a": weights, "b": [weights]})
+        convert.apply(carrier)
+
+        split = carrier.rebuild()
+
+        assert split["a"] is split["b"][0]
+
+
 def test_nothing_to_do(tmp_path: Path) -> None:
     torch.save(_network(), tmp_path / "in.pt")
 
@@ -351,14 +391,14 @@ def test_time_grows_with_the_number_of_tensors_only() -> None:
     def seconds(count: int) -> float:
         carrier = StateDictCarrier(tree.explore({f"layers.{i}.weight": v for i in range(count)}).entries)
         untied = StateDictCarrier(dataclasses.replace(entry, alias=None) for entry in carrier.entries())
-        start = time.perf_counter()
+        start = time.process_time()
         for site in untied.sites("torch"):
             untied.put_pair(site, g, v, "legacy")
         assert len(untied.effective()) == count
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(100)
-    assert seconds(20_000) < 20 * max(seconds(2_000), 0.02)
+    assert seconds(20_000) < 40 * max(seconds(2_000), 0.02)
 
 
 def test_deep_nesting_is_no_problem() -> None:

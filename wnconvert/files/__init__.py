@@ -51,7 +51,8 @@ class Document(Protocol):
     def save(self, folder: Path, name: str) -> None:
         """Write the carrier's present state into `folder`, an empty staging folder, the main file under `name`.
 
-        Anything else that belongs to the result (external data, shards) is written beside it under its final name.
+        Anything else that belongs to the result (external data) is written beside it under its final name. A result
+        of several files (shards) is a folder of that name.
         """
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:
@@ -67,16 +68,18 @@ class Format:
         suffixes: of the file names it is usually found under.
         module: has `recognise(path) -> bool`, which reads at most a few kilobytes, and
             `read(path, options) -> Document`.
+        folders: a folder can be of this format.
     """
 
     name: str
     suffixes: tuple[str, ...]
     module: str
+    folders: bool = False
 
 
 FORMATS: tuple[Format, ...] = (
     Format("safetensors", (".safetensors",), "wnconvert.files.safetensors"),
-    Format("safetensors-sharded", (".safetensors.index.json",), "wnconvert.files.sharded"),
+    Format("safetensors-sharded", (".safetensors.index.json",), "wnconvert.files.sharded", folders=True),
     Format("onnx", (".onnx",), "wnconvert.files.onnx"),
     Format("torch", (".pt", ".pth", ".bin", ".ckpt", ".tar"), "wnconvert.files.torch_file"),
 )
@@ -101,8 +104,10 @@ def recognise(path: Path) -> Format:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: not a regular file, so it cannot be read more than once")
     for row in FORMATS:
-        if importlib.import_module(row.module).recognise(path):
+        if (row.folders or path.is_file()) and importlib.import_module(row.module).recognise(path):
             return row
     described = sniff.describe(path)
     if described is not None:

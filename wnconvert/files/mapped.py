@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_RESIDENT = 256 << 20
+_RESIDENT = 64 << 20
 """Bytes handed out before pages that were read are given back to the system."""
 
 

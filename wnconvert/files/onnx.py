@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,9 +83,11 @@ class OnnxDocument:
         Raises:
             InputError: a file of another model is in the way, or the model does not fit one protobuf message.
         """
-        locations = self.carrier.data_files()
-        external.stage(locations, self.carrier.folder, folder)
-        with self.carrier.relocated(external.DataFile(folder, name, locations)) as model:
+        external.stage(self.carrier.data_files(), self.carrier.folder, folder)
+        if os.path.lexists(folder / name):
+            # Writing there would go through the link, into the data of the input.
+            raise InputError(f"{folder.parent / name}: is a data file of the model; choose another name")
+        with self.carrier.relocated(external.DataFile(folder, name)) as model:
             (folder / name).write_bytes(_serialize(model, self.path))
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:

@@ -22,6 +22,7 @@ from onnx import TensorProto
 
 from wnconvert.carriers.onnx import OnnxCarrier, external, tensors
 from wnconvert.carriers.onnx.graphs import Constant, GraphIndex, all_tensors, is_op
+from wnconvert.files.onnx_inputs import SMALL
 from wnconvert.report.model import OutputCheck
 
 TOLERANCE: dict[int, float] = {
@@ -34,9 +35,6 @@ TOLERANCE: dict[int, float] = {
 
 A deep network turns the last bit of its weights into far more: trained ones reach 5e-4 in float32.
 """
-
-SMALL = 1e-2
-"""An output counts as at least this large: a sigmoid near 0 is rounded as coarsely as one near 1/2."""
 
 TIMEOUT = 600.0
 """Seconds for one model."""

@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from wnconvert.files.onnx_inputs import Dims, Unsupported, assignments, element_type, make, open_dims, resolve
+from wnconvert.files.onnx_inputs import SMALL, Dims, Unsupported, assignments, element_type, make, open_dims, resolve
 
 SEARCH_SECONDS = 60.0
 """For finding inputs, all together."""
@@ -47,13 +47,13 @@ _ERRORS = (
 MAX_ACCEPTED = 12
 """Sizes that run, of which the one is taken that shows most."""
 
-IMPROVE_SECONDS = 10.0
+IMPROVE_SECONDS = 4.0
 """For finding better sizes once some run."""
 
 MAX_PROBED = 4
 """Inputs whose influence is looked at."""
 
-VISIBLE = 1e-2
+VISIBLE = 1e-3
 """Of the largest value of an output: what counts as an influence on it."""
 
 Feed = dict[str, Any]
@@ -96,7 +96,8 @@ def _search(session: onnxruntime.InferenceSession, folder: Path) -> int:
         known = [found[-1].sizes] if found else []
         best, error = _best_run(session, declared, scalar, known, deadline)
         problem = error or problem
-        found += [best] if best is not None else []
+        if best is not None and not any(_same(best.outputs, run.outputs) for run in found):
+            found.append(best)
         if len(found) == MAX_RUNS or time.monotonic() > deadline or not _takes_scalars(declared, known):
             break
     for i, run in enumerate(found):
@@ -141,15 +142,22 @@ def _best_run(
     return best, error
 
 
+def _same(outputs: Feed, others: Feed) -> bool:
+    """Whether a run made nothing new."""
+    return outputs.keys() == others.keys() and all(
+        np.array_equal(x, others[name], equal_nan=x.dtype.kind in "fc") for name, x in outputs.items()
+    )
+
+
 def _differs(outputs: Feed, others: list[Any]) -> bool:
-    """Whether other outputs are visibly not the same."""
+    """Whether the outputs of another feed are visibly not the same."""
     arrays = [array for other in others for array in _arrays(other)]
     for x, y in zip(outputs.values(), arrays, strict=False):
         if x.dtype.kind != "f" or x.shape != y.shape:
             if not np.array_equal(x, y):
                 return True
             continue
-        scale = max(float(np.max(np.abs(x), initial=0, where=np.isfinite(x))), VISIBLE)
+        scale = max(float(np.max(np.abs(x), initial=0, where=np.isfinite(x))), SMALL)
         if not np.allclose(x, y, rtol=0, atol=VISIBLE * scale, equal_nan=True):
             return True
     return False

@@ -29,7 +29,7 @@ _CHUNK = 8 << 20
 
 def recognise(path: Path) -> bool:
     """Whether the file starts like a safetensors header."""
-    return path.is_file() and header.looks_like(path)
+    return header.looks_like(path)
 
 
 def read(path: Path, options: ReadOptions) -> SafetensorsDocument:

@@ -36,12 +36,20 @@ class Staging:
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in self._files()}
 
     def commit(self) -> None:
-        """Move every staged file to its final name, flushed to disk, the target last."""
-        for path in sorted(self._files(), key=lambda path: path.name == self.target.name):
-            final = self.target.parent / path.relative_to(self.folder)
-            final.parent.mkdir(parents=True, exist_ok=True)
+        """Move every staged file to its final name, flushed to disk, the target last. A folder moves as a whole."""
+        main = self.folder / self.target.name
+        files = self._files()
+        for path in files:
             _flush(path)
-            path.replace(final)
+        for path in files:
+            if not path.is_relative_to(main):
+                final = self.target.parent / path.relative_to(self.folder)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(final)
+        if main.is_dir() and self.target.is_dir():
+            # A folder cannot be replaced in one step: the old one goes away with the staging folder.
+            self.target.replace(self.folder / f".replaced.{main.name}")
+        main.replace(self.target)
 
     def _files(self) -> list[Path]:
         # Links stand for files that already are where they belong.
@@ -53,14 +61,6 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise InputError(f"{self.target}: cannot be written ({error.strerror or error})") from error
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files(path))
 
 
 def _flush(path: Path) -> None:

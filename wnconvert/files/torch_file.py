@@ -60,14 +60,14 @@ _DAMAGE = (
 )
 
 
+_VERDICT = "WeightsUnpickler error: "
+
 # What pickling raises on objects that cannot be pickled, and torch on a disk that is full.
 _UNSAVEABLE = (AttributeError, RecursionError, RuntimeError, TypeError, ValueError, pickle.PicklingError)
 
 
 def recognise(path: Path) -> bool:
     """Whether the file starts like a zip archive or a pickle."""
-    if not path.is_file():
-        return False
     return _starts_with(path, _ZIP) or _starts_with(path, _PICKLE)
 
 
@@ -149,7 +149,7 @@ class DictCarrier(StateDictCarrier):
     """A state dict in memory, nested or not. The dict that it was made from is left alone."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        self._root = _copy_containers(state)
+        self._root = _copy_containers(state, {})
         self._tree = tree.explore(self._root)
         super().__init__(self._tree.entries, others=self._tree.kept)
 
@@ -164,15 +164,17 @@ def carrier_of(state: Mapping[str, Any]) -> DictCarrier:
     return DictCarrier(state)
 
 
-def _copy_containers(value: Any) -> Any:
+def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
     """Copy dicts and what holds dicts, attributes such as `_metadata` included, but nothing else."""
+    if id(value) in copies:
+        return copies[id(value)]
     if isinstance(value, dict):
-        new = copy.copy(value)
+        new = copies[id(value)] = copy.copy(value)
         for key, item in value.items():
-            new[key] = _copy_containers(item)
+            new[key] = _copy_containers(item, copies)
         return new
     if type(value) in (list, tuple):
-        return type(value)(_copy_containers(item) for item in value)
+        return type(value)(_copy_containers(item, copies) for item in value)
     return value
 
 
@@ -205,7 +207,7 @@ def _load(path: Path, zipped: bool, unsafe: bool) -> object:
         with torch.serialization.safe_globals(_plain_data()), warnings.catch_warnings():
             # Deprecated storages and old pickle protocols are the author's affair, not the reader's.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return _torch_load(path, zipped, weights_only=True)
     except _DAMAGE as error:
         foreign = pickle_scan.foreign_classes(path)
         if not foreign:
@@ -222,7 +224,7 @@ def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
+            return _torch_load(path, zipped, weights_only=False)
     except _DAMAGE as error:
         missing = next((name for name in foreign if not _can_be_imported(name)), None)
         if missing is None:
@@ -232,6 +234,14 @@ def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
             f"{path}: needs the class {missing}: run where `import {module}` works, e.g. PYTHONPATH=FOLDER "
             f"({_line(error)})"
         ) from error
+
+
+def _torch_load(path: Path, zipped: bool, *, weights_only: bool) -> object:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
+    # torch goes by this suffix, not by the contents, unless it is given an open file.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _plain_data() -> list[Any]:
@@ -256,6 +266,6 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    # torch begins with advice for its own callers.
-    said = next((line for line in lines if "WeightsUnpickler error" in line), lines[0] if lines else "")
-    return said.strip()[:200] or type(error).__name__
+    said = lines[0] if lines else type(error).__name__
+    # torch puts advice for its own callers before what went wrong.
+    return next((line.rpartition(_VERDICT)[2] for line in lines if _VERDICT in line), said)[:200]

@@ -33,7 +33,9 @@ _TRANSPOSED_NAME = re.compile(
 )
 _CONV1D_NAME = re.compile(r"^c_(attn|proj|fc)$|^q_attn$")
 _TABLE_NAME = re.compile(r"embed|_emb$|^emb_|token|_table$|position|^pos_|prompt|latent|quer(y|ies)$|^pe$")
-_NOT_A_WEIGHT = re.compile(r"(^|_)bias(_[a-z]{1,2}(_.*)?)?$|^(beta|gamma|scale)$|^running_|_cached$|mask|^inv_freq$|^_?buffer")
+_NOT_A_WEIGHT = re.compile(
+    r"(^|_)bias(_[a-z]{1,2}(_.*)?)?$|^(beta|gamma|scale)$|^running_|_cached$|mask|^inv_freq$|^_?buffer"
+)
 
 
 class Weight(NamedTuple):

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from wnconvert import names, weightnorm
 from wnconvert.carriers.onnx import external, tensors
-from wnconvert.carriers.onnx.graphs import Constant, GraphIndex, Scope, all_tensors
+from wnconvert.carriers.onnx.graphs import IR_WITH_INITIALIZERS, Constant, GraphIndex, Scope, all_tensors
 from wnconvert.carriers.onnx.pairs import Pair, emit, find_pairs
 from wnconvert.carriers.onnx.uses import find_uses
 from wnconvert.errors import InputError, UsageError
 from wnconvert.sites import Dim, Scheme, Site, Use, resolve
+
+INTEGER_CONSTANTS = 9
+"""The first operator set whose Constant makes integers."""
 
 
 class OnnxCarrier:
@@ -159,7 +162,7 @@ class OnnxCarrier:
         pair = self._pair_of.get(value)
         if pair is None:
             site = resolve(uses, shape, dtype, dim=dim)
-            reason = self._problem(value)
+            reason = self._problem(value) or self._group_problem(site)
             return dataclasses.replace(site, skip=reason) if reason else site
         return Site(
             name=self.index.label(value),
@@ -179,12 +182,18 @@ class OnnxCarrier:
             return f"dtype {tensors.dtype_name(value.tensor)} has no weight normalization"
         if 0 in value.tensor.dims:
             return "it is empty"
-        if value.is_input and self.model.ir_version >= 4:
+        if value.is_input and self.model.ir_version >= IR_WITH_INITIALIZERS:
             return "it can be overridden from outside: it is an input of the graph as well as an initializer"
         if value.is_output:
             return "it is an output of the graph"
         if value.name in _trained_names(self.model):
             return "training_info updates it"
+        return None
+
+    def _group_problem(self, site: Site) -> str | None:
+        """Why a weight cannot be split by groups: its Reshape needs integers, which the oldest models cannot hold."""
+        if site.groups > 1 and self.model.ir_version < IR_WITH_INITIALIZERS and self.index.opset < INTEGER_CONSTANTS:
+            return f"operator set {self.index.opset} has no integer Constant, which a split by groups needs"
         return None
 
     def _read(self, value: Constant) -> Tensor:
@@ -223,7 +232,7 @@ class OnnxCarrier:
 
     def _hold(self, scope: Scope, constants: Iterable[TensorProto]) -> list[NodeProto]:
         """Put new tensors into a graph: as initializers, or as nodes where an initializer has to be an input too."""
-        if self.model.ir_version >= 4:
+        if self.model.ir_version >= IR_WITH_INITIALIZERS:
             scope.graph.initializer.extend(constants)
             return []
         nodes = []

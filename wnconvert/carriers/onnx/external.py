@@ -139,9 +139,9 @@ class DataFile:
     Its name is that of the model with `.data`, and a number where that is taken.
     """
 
-    def __init__(self, folder: Path, model: str, taken: set[str]) -> None:
+    def __init__(self, folder: Path, model: str) -> None:
         name, count = f"{model}.data", 1
-        while name in taken or (folder.parent / name).exists():
+        while (folder.parent / name).exists() or (folder / name).exists():
             count += 1
             name = f"{model}.{count}.data"
         self._path = folder / name

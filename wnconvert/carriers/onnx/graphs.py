@@ -14,6 +14,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
+IR_WITH_INITIALIZERS = 4
+"""From here on an initializer need not be an input; one that is can be overridden."""
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Scope:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from wnconvert.carriers.onnx import tensors
-from wnconvert.carriers.onnx.graphs import Constant, GraphIndex, Value, attribute, integer, is_op
+from wnconvert.carriers.onnx.graphs import IR_WITH_INITIALIZERS, Constant, GraphIndex, Value, attribute, integer, is_op
 from wnconvert.sites import Axis, g_shape
 
 MAX_RANK = 64
@@ -177,7 +177,7 @@ def _problem(index: GraphIndex, pair: Pair, inner: list[Value]) -> str | None:
     for value in (pair.v, pair.g, *inner):
         if value.is_output:
             return f"{value.name}, a part of its weight norm, is an output of the graph"
-        if value.is_input and index.model.ir_version >= 4:
+        if value.is_input and index.model.ir_version >= IR_WITH_INITIALIZERS:
             return f"{value.name} can be overridden from outside: it is an input of the graph"
         others = [c.node for c in value.consumers if id(c.node) not in own]
         if others and value is not pair.g:
