@@ -93,9 +93,10 @@ class StateDictCarrier:
         g, v = (self._entry(key).load() for key in _spelled(site))
         return g, v
 
-    def magnitude(self, site: Site) -> Entry:
-        """The entry that holds g of a split site."""
-        return self._entry(_spelled(site)[0])
+    def magnitudes(self) -> dict[str, Entry]:
+        """The entry that holds g of every pair, by plain name."""
+        view = PlainView.of(self.entries())
+        return {name: view.entries[pair.g] for name, pair in view.pairs.items() if pair.problem is None}
 
     def g_dtype(self, site: Site) -> torch.dtype | None:  # noqa: ARG002
         """None: a checkpoint stores g as the module does that will load it."""

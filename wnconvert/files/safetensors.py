@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
 _CHUNK = 8 << 20
+_NUMPY = {name: np.dtype(name) for name in ("float64", "float32", "float16")} | {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16)
+}
 
 
 def recognise(path: Path) -> bool:
@@ -114,23 +117,16 @@ def stored_size(entry: Entry) -> int:
 
 
 def magnitudes(carrier: StateDictCarrier) -> dict[str, MagnitudeStatistics]:
-    """Statistics of every magnitude, read with numpy."""
+    """Statistics of every magnitude that still is in a file, read with numpy."""
     found = {}
-    for site in carrier.sites("torch"):
-        if site.state != "split" or site.skip:
-            continue
-        entry = carrier.magnitude(site)
-        if entry.raw is None:
-            continue
-        data = MappedFile(entry.raw.path).bytes(entry.raw.start, entry.raw.size)
-        described = statistics(np.frombuffer(data, _numpy_dtype(entry.dtype)))
-        if described is not None:
-            found[site.name] = described
+    for name, entry in carrier.magnitudes().items():
+        dtype = _NUMPY.get(entry.dtype)
+        if entry.raw is not None and dtype is not None:
+            data = MappedFile(entry.raw.path).bytes(entry.raw.start, entry.raw.size)
+            described = statistics(np.frombuffer(data, dtype))
+            if described is not None:
+                found[name] = described
     return found
-
-
-def _numpy_dtype(dtype: str) -> np.dtype[np.generic]:
-    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def _load(mapped: MappedFile, tensor: header.Tensor) -> Tensor:
