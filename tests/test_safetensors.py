@@ -260,11 +260,14 @@ class TestShards:
         linked.mkdir()
         for path in folder.iterdir():
             (linked / path.name).symlink_to(path, target_is_directory=path.is_dir())
+        (linked / "loop").symlink_to(linked, target_is_directory=True)
+        (linked / "dangling").symlink_to(tmp_path / "nowhere")
 
         jobs.convert_file(linked, tmp_path / "out", jobs.Job("apply"))
 
         assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
         assert (tmp_path / "out" / "config.json").read_text() == "{}"
+        assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "[]"
 
     def test_overwrite_replaces_the_whole_folder(self, folder: Path, tmp_path: Path) -> None:
         jobs.convert_file(folder, None, jobs.Job("apply"))

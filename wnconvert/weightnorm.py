@@ -71,8 +71,8 @@ def split(
         block: elements worked on at a time.
 
     Returns:
-        `g`, with 1 on every reduced axis (0-d for axis None), and `v`, of w's shape. `v` is `w` itself,
-        not a copy, unless single rows had to change.
+        `g`, with 1 on every reduced axis (0-d for axis None), and `v`, of w's shape. `v` shares the memory
+        of `w`, unless single rows had to change.
 
     Raises:
         NotSplittable: NaN, infinity, a norm that overflows the dtype, or a dtype without a norm.

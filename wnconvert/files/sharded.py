@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,8 +113,8 @@ class ShardedDocument:
 
     def _copy_others(self, target: Path) -> None:
         ours = {self._folder / name for name in (*self._shards, self._index_name)}
-        for path in sorted(self._folder.rglob("*")):
-            if path.is_file() and path not in ours:
+        for path in _files_below(self._folder):
+            if path not in ours:
                 copy = target / path.relative_to(self._folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, copy)
@@ -123,6 +124,17 @@ class ShardedDocument:
         for path in sorted(self._folder.iterdir()):
             if path.name.endswith(weights) and path.name not in self._shards:
                 yield f"{path.name} is no shard of this index and is copied as it is"
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file of a folder, links followed."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
 
 
 def _indices(folder: Path) -> list[Path]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import importlib
 import pickle
-import struct
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +16,8 @@ from wnconvert.carriers import Carrier
 from wnconvert.carriers.composite import CompositeCarrier
 from wnconvert.carriers.module import ModuleCarrier
 from wnconvert.carriers.state_dict import StateDictCarrier
-from wnconvert.errors import InputError
-from wnconvert.files import pickle_scan, sniff, tree
+from wnconvert.errors import InputError, UsageError
+from wnconvert.files import torch_load, tree
 from wnconvert.files.magnitudes import statistics
 from wnconvert.files.refill import refill, refilled
 from wnconvert.files.tree import Tree
@@ -33,42 +27,13 @@ if TYPE_CHECKING:
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
-
-_CORES = ("core", "_core")
-"""Where numpy keeps the constructor of its scalars, in old and new versions."""
-
-# What torch.load raises on bytes that are not what they claim to be.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-
-
-_VERDICT = "WeightsUnpickler error: "
-
 # What pickling raises on objects that cannot be pickled, and torch on a disk that is full.
 _UNSAVEABLE = (AttributeError, RecursionError, RuntimeError, TypeError, ValueError, pickle.PicklingError)
 
 
 def recognise(path: Path) -> bool:
     """Whether the file starts like a zip archive or a pickle."""
-    return _starts_with(path, _ZIP) or _starts_with(path, _PICKLE)
+    return torch_load.is_zip(path) or torch_load.is_pickle(path)
 
 
 def read(path: Path, options: ReadOptions) -> TorchDocument:
@@ -78,11 +43,7 @@ def read(path: Path, options: ReadOptions) -> TorchDocument:
         InputError: it is damaged, holds Python objects and `unsafe_load` is not set, needs a class that cannot be
             imported, is TorchScript or an exported program, or holds no network.
     """
-    zipped = _starts_with(path, _ZIP)
-    obstacle = sniff.unreadable_archive(path) if zipped else None
-    if obstacle is not None:
-        raise InputError(f"{path} {obstacle}")
-    root = _load(path, zipped, options.unsafe_load)
+    root = torch_load.load(path, unsafe=options.unsafe_load)
     if isinstance(root, Tensor):
         raise InputError(f"{path}: holds a single tensor without a name, not a network")
     found = tree.explore(root, drop_optimizer=options.drop_optimizer)
@@ -138,7 +99,7 @@ class TorchDocument:
             try:
                 torch.save(self._root, file)
             except _UNSAVEABLE as error:
-                raise InputError(f"{name}: cannot be written: {_line(error)}") from error
+                raise InputError(f"{name}: cannot be written: {torch_load.first_line(error)}") from error
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
@@ -185,6 +146,8 @@ def _carrier(found: Tree, path: Path, options: ReadOptions) -> _Carriers:
         return _Carriers(state, state)
     modules = {f"{name}." if name else "": ModuleCarrier(module) for name, module in found.modules.items()}
     if list(modules) == [""]:
+        if walker is not None:
+            raise UsageError(f"{path}: holds the module itself, so --arch has nothing to add")
         return _Carriers(modules[""], state, (modules[""],))
     parts: dict[str, Carrier] = dict(modules)
     if found.entries or found.kept:
@@ -200,72 +163,3 @@ def _notes(found: Tree) -> Iterator[str]:
         )
     if found.dropped:
         yield f"optimizer state at {', '.join(repr(path) for path in found.dropped)} is left out"
-
-
-def _load(path: Path, zipped: bool, unsafe: bool) -> object:
-    try:
-        with torch.serialization.safe_globals(_plain_data()), warnings.catch_warnings():
-            # Deprecated storages and old pickle protocols are the author's affair, not the reader's.
-            warnings.simplefilter("ignore")
-            return _torch_load(path, zipped, weights_only=True)
-    except _DAMAGE as error:
-        foreign = pickle_scan.foreign_classes(path)
-        if not foreign:
-            raise InputError(f"{path}: damaged, cut short, or not written by torch.save: {_line(error)}") from error
-    if not unsafe:
-        raise InputError(
-            f"{path}: this file holds a pickled Python object ({foreign[0]}); loading it can run code: "
-            "--unsafe-load loads it"
-        )
-    return _load_unsafely(path, zipped, foreign)
-
-
-def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _torch_load(path, zipped, weights_only=False)
-    except _DAMAGE as error:
-        missing = next((name for name in foreign if not _can_be_imported(name)), None)
-        if missing is None:
-            raise InputError(f"{path}: cannot be unpickled: {_line(error)}") from error
-        module = missing.rpartition(".")[0]
-        raise InputError(
-            f"{path}: needs the class {missing}: run where `import {module}` works, e.g. PYTHONPATH=FOLDER "
-            f"({_line(error)})"
-        ) from error
-
-
-def _torch_load(path: Path, zipped: bool, *, weights_only: bool) -> object:
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipped)
-    # torch goes by this suffix, not by the contents, unless it is given an open file.
-    with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=weights_only)
-
-
-def _plain_data() -> list[Any]:
-    """Classes beyond torch's own list that training scripts put into checkpoints, and that can run no code."""
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    return [argparse.Namespace, np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in _CORES)]
-
-
-def _can_be_imported(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return hasattr(importlib.import_module(module), attribute)
-    except _DAMAGE:
-        return False
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    said = lines[0] if lines else type(error).__name__
-    # torch puts advice for its own callers before what went wrong.
-    return next((line.rpartition(_VERDICT)[2] for line in lines if _VERDICT in line), said)[:200]
