@@ -21,6 +21,8 @@ from tests.checkpoints import FORMATS, document, read_safetensors, read_sharded,
 from wnconvert import convert, jobs
 from wnconvert.inspection import inspect_file
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> Path:
     save_file(tensors, path, {"format": "pt"})

@@ -94,6 +94,16 @@ def test_containers_keep_their_types_and_attributes(tmp_path: Path) -> None:
     assert type(split["pair"]) is tuple
 
 
+@pytest.mark.parametrize("order", [("weight_g", "x", "weight_v", "y"), ("x", "weight_v", "y", "weight_g")])
+def test_a_weight_stands_where_the_first_of_its_pair_stood(order: tuple[str, ...], tmp_path: Path) -> None:
+    tensors = {"weight_g": torch.rand(3, 1), "weight_v": torch.rand(3, 4), "x": torch.rand(2), "y": torch.rand(2)}
+
+    folded = converted({key: tensors[key] for key in order}, tmp_path, "fold")
+
+    expected = dict.fromkeys("weight" if key.startswith("weight") else key for key in order)
+    assert list(folded) == list(expected)
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:TypedStorage:UserWarning")
 def test_special_tensors_are_left_as_they_are(tmp_path: Path) -> None:
     value = {
