@@ -144,7 +144,8 @@ def test_spectral_and_orthogonal_parametrizations_are_left_alone_and_reported() 
     assert "SpectralNorm" in str(actions["0.weight"][1])
     assert "Orthogonal" in str(actions["1.weight"][1])
     assert "spectral norm" in str(actions["2.weight"][1])
-    assert [row.site.name for row in wnconvert.fold(module).report.rows if row.action == "folded"] == ["3.weight"]
+    folded = {row.site.name: row.action for row in wnconvert.fold(module).report.rows}
+    assert folded == {"0.weight": "skipped", "1.weight": "skipped", "2.weight": "skipped", "3.weight": "folded"}
     assert parametrize.is_parametrized(module[0], "weight")
 
 
@@ -333,6 +334,15 @@ def test_the_fast_path_of_the_encoder_is_still_taken(monkeypatch: pytest.MonkeyP
 def test_lazy_layers_are_a_clear_error(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(InputError, match=r"weight: a lazy layer has no shape yet; run one forward pass"):
         wnconvert.apply(build())
+
+
+def test_a_channels_last_weight_stays_so() -> None:
+    # torch's own weight norm gives a contiguous weight, and the convolution then converts it on every step.
+    module = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    wnconvert.apply(module)
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    wnconvert.fold(module)
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_layers_on_the_meta_device_are_skipped_with_the_reason() -> None:

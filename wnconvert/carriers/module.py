@@ -165,14 +165,22 @@ class ModuleCarrier:
         return site
 
     def _foreign_sites(self) -> list[Site]:
+        """Weights that something else holds in parts of its own. They count as split, so that fold reports them too."""
         found = []
         for path, module in self.module.named_modules():
             for name, reason in forms.other_parametrizations(module).items():
-                kind = modules.kind_of(module)
-                weight = getattr(module, name)
-                full = f"{path}.{name}".lstrip(".")
-                shape, dtype = tuple(weight.shape), _dtype_name(weight)
-                found.append(Site(full, kind.name if kind else "Unknown", shape, dtype, None, skip=reason))
+                kind, weight = modules.kind_of(module), getattr(module, name)
+                found.append(
+                    Site(
+                        name=f"{path}.{name}".lstrip("."),
+                        kind=kind.name if kind else "Unknown",
+                        shape=tuple(weight.shape),
+                        dtype=_dtype_name(weight),
+                        axis=None,
+                        state="split",
+                        skip=reason,
+                    )
+                )
         return found
 
     def _tied(self, uses: Mapping[str, object]) -> list[list[str]]:
