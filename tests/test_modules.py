@@ -185,7 +185,7 @@ def test_zero_rows_stay_exactly_zero_and_are_counted() -> None:
     before = snapshot(module)
     report = wnconvert.apply(module).report
     assert report.rows[0].zero_rows == 1
-    assert any("1 rows of zeros" in note for note in report.notes)
+    assert any("1 row of zeros" in note for note in report.notes)
     assert reference.same_bits(module.weight, before["weight"])
     wnconvert.fold(module)
     assert_same_state(module, before)

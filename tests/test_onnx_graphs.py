@@ -323,7 +323,10 @@ def test_only_our_structure_is_a_pair():
         else:
             product.input[:] = list(reversed(product.input))
             ratio.input[:] = list(reversed(ratio.input))
-        assert not [site for site in carrier(split).sites("torch") if site.state == "split"], change
+        with pytest.raises(NothingToDo):
+            folded(split)
+        (site,) = (site for site in carrier(split).sites("torch") if site.uses == ("layer",))
+        assert site.skip, change
 
 
 def test_structure_counts_not_names():

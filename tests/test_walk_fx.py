@@ -100,8 +100,10 @@ def test_uses_that_disagree_are_skipped_with_both_reasons() -> None:
         lambda x, w: w @ w,
     ],
 )
-def test_parameters_that_are_no_weights_are_no_sites(call: Callable[[Tensor, Tensor], Tensor]) -> None:
-    assert wnconvert.find(Calls((4, 4), call)) == []
+def test_parameters_that_are_no_weights_are_listed_and_left_alone(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    (row,) = wnconvert.apply(Calls((4, 4), call)).report.rows
+    assert (row.site.name, row.site.kind, row.action) == ("w", "Unknown", "skipped")
+    assert "--kind Unknown splits it" in str(row.reason)
 
 
 def test_a_vector_is_a_site_that_is_skipped() -> None:

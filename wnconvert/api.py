@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from wnconvert import compare, convert, files, jobs
 from wnconvert.carriers import Carrier
 from wnconvert.carriers.module import ModuleCarrier
-from wnconvert.errors import NothingToDo
+from wnconvert.errors import NothingToDo, UsageError
 from wnconvert.files import ReadOptions
 from wnconvert.files.torch_file import DictCarrier, carrier_of
 from wnconvert.report.model import Report
@@ -37,7 +38,7 @@ def find(model: nn.Module | Mapping[str, Any], *, dim: Dim = "torch") -> list[Si
         model: a module, or a state dict (then kinds are inferred from the keys).
         dim: which axis to keep: `torch` as torch.nn.utils would, `out` for the output unit, an axis, or None.
     """
-    return _carrier(model).sites(dim)
+    return _carrier(model).sites(_dim(dim))
 
 
 def apply(
@@ -52,7 +53,8 @@ def apply(
     """Split the weights of every Linear, convolution, recurrent and attention layer into magnitude and direction.
 
     The function stays the same, bit for bit. A second call changes nothing and says so in the report. Build the
-    optimizer after this call: the parameters are new.
+    optimizer after this call: the parameters are new, and what hung on the old ones (hooks, attributes) is gone. `v`
+    shares memory with the weight it was: a state dict taken before trains along, unless it was copied.
 
     Args:
         model: a module, changed in place, or a state dict, which is left alone.
@@ -69,7 +71,7 @@ def apply(
     carrier = _carrier(model)
     selection = _selection(include, exclude, kinds)
     try:
-        report = convert.apply(carrier, selection=selection, dim=dim, names=names)
+        report = convert.apply(carrier, selection=selection, dim=_dim(dim), names=names)
     except NothingToDo as nothing:
         report = _report_of(nothing)
     return Result(_result(model, carrier), report)
@@ -98,8 +100,11 @@ def fold(
     """
     # What is split is known without a trace.
     carrier = _carrier(model, trace=False)
+    selection = _selection(include, exclude, kinds)
+    if isinstance(carrier, ModuleCarrier):
+        carrier.require_pairs(selection)
     try:
-        report = convert.fold(carrier, selection=_selection(include, exclude, kinds))
+        report = convert.fold(carrier, selection=selection)
     except NothingToDo as nothing:
         report = _report_of(nothing)
     if isinstance(carrier, ModuleCarrier):
@@ -145,7 +150,7 @@ def convert_file(
     job = jobs.Job(
         command=command,
         selection=_selection(include, exclude, kinds),
-        dim=dim,
+        dim=_dim(dim),
         names=names,
         reading=ReadOptions(unsafe_load, arch, drop_optimizer),
         dry_run=dry_run,
@@ -186,7 +191,14 @@ def _side(model: nn.Module | Mapping[str, Any] | str | Path, reading: ReadOption
 
 
 def _carrier(model: nn.Module | Mapping[str, Any], *, trace: bool = True) -> ModuleCarrier | DictCarrier:
-    return ModuleCarrier(model, trace=trace) if isinstance(model, nn.Module) else carrier_of(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("a TorchScript module cannot be converted: convert the module that it was made from")
+    if isinstance(model, nn.Module):
+        return ModuleCarrier(model, trace=trace)
+    if isinstance(model, Mapping):
+        return carrier_of(model)
+    hint = "; convert_file takes a path" if isinstance(model, (str, Path)) else ""
+    raise UsageError(f"needs a torch.nn.Module or a state dict, not {type(model).__name__}{hint}")
 
 
 def _result(model: Model, carrier: ModuleCarrier | DictCarrier) -> Model:
@@ -194,7 +206,16 @@ def _result(model: Model, carrier: ModuleCarrier | DictCarrier) -> Model:
 
 
 def _selection(include: str | Sequence[str], exclude: str | Sequence[str], kinds: str | Sequence[str]) -> Selection:
-    return Selection(*(((value,) if isinstance(value, str) else tuple(value)) for value in (include, exclude, kinds)))
+    globs = [(value,) if isinstance(value, str) else tuple(value or ()) for value in (include, exclude, kinds)]
+    if not all(isinstance(glob, str) for value in globs for glob in value):
+        raise UsageError("include, exclude and kinds take shell globs, one or a list of them")
+    return Selection(*globs)
+
+
+def _dim(dim: Dim) -> Dim:
+    if dim in ("torch", "out", None) or (isinstance(dim, int) and not isinstance(dim, bool)):
+        return dim
+    raise UsageError(f"dim is 'torch', 'out', None or an axis, not {dim!r}")
 
 
 def _report_of(nothing: NothingToDo) -> Report:

@@ -53,9 +53,10 @@ def fold(
         NothingToDo: nothing is split.
     """
     sites = [site for site in carrier.sites("torch") if site.state == "split"]
-    rows = [_fold(carrier, site, dry_run) for site in progress(selection.apply(sites))]
+    # Folding twice is no mistake, so a pattern may match nothing where nothing is split.
+    rows = [_fold(carrier, site, dry_run) for site in progress(selection.apply(sites) if sites else [])]
     report = Report("fold", rows, carrier.walker, carrier.walker_note)
-    _require_action(report, "folded", "nothing to fold: no weight is split")
+    _require_action(report, "folded", "nothing to fold" if rows else "nothing to fold: no weight is split")
     return report
 
 
@@ -117,10 +118,14 @@ def _row_notes(rows: list[Row]) -> list[str]:
     scaled = sum(row.scaled_rows for row in rows)
     notes = []
     if zero:
-        notes.append(f"{zero} rows of zeros got g = 0 and a random direction, so that they can train")
+        notes.append(f"{_rows(zero)} of zeros got g = 0 and a random direction, so that they can train")
     if scaled:
-        notes.append(f"{scaled} rows had v scaled by a power of two, so that no runtime under- or overflows")
+        notes.append(f"{_rows(scaled)} had v scaled by a power of two, so that no runtime under- or overflows")
     return notes
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _require_action(report: Report, action: str, message: str) -> None:

@@ -27,14 +27,16 @@ def inspect_file(
     """
     document = files.read(path, reading)
     magnitudes = document.magnitudes()
+    sites = selection.apply(document.carrier.sites(dim))
     rows = [
         Row(site, "skipped" if site.skip else "listed", site.skip, magnitude=magnitudes.get(site.name))
-        for site in selection.apply(document.carrier.sites(dim))
+        for site in sites
         if selection.left_out(site) is None
     ]
     carrier = document.carrier
     report = Report("inspect", rows, carrier.walker, carrier.walker_note, input=str(path), format=document.format)
     report.notes += document.notes
     if not rows:
-        raise NothingToDo(f"{path}: no weight found that could be split or folded", report)
+        none = "the patterns leave no weight" if sites else "no weight found that could be split or folded"
+        raise NothingToDo(f"{path}: {none}", report)
     return report

@@ -7,14 +7,16 @@ legacy and parametrized keys strictly, and cannot be normalized twice by acciden
 
 from __future__ import annotations
 
+import copyreg
 import sys
 import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from wnconvert import weightnorm
+from wnconvert import handed_out, weightnorm
 from wnconvert.errors import NotSplittable, UsageError
 from wnconvert.names import spell
 from wnconvert.sites import Axis, kept_axes
@@ -31,16 +33,8 @@ class Spec(NamedTuple):
     """Names of the module's parameters before any was split."""
 
 
-class _Read(NamedTuple):
-    """A weight handed out beyond a forward pass: whoever holds it may write into it (`nn.init`, `.data`)."""
-
-    g: Tensor
-    v: Tensor
-    versions: tuple[int, int]
-    weight: Tensor
-
-
-_READS: weakref.WeakKeyDictionary[nn.Module, dict[str, _Read]] = weakref.WeakKeyDictionary()
+_NEW_OBJECT: Any = vars(copyreg)["__newobj__"]
+"""What most classes reduce themselves to: a bare object, and its state."""
 
 
 class WeightNormLayer(nn.Module):
@@ -56,8 +50,19 @@ class WeightNormLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         settle(self)
-        reduced = super().__reduce_ex__(max(protocol, 2))
-        return (_rebuild, (_base(type(self)), tuple(self._weight_norm)), *reduced[2:])
+        reduced: tuple[Any, ...] = super().__reduce_ex__(max(protocol, 2))  # type: ignore[assignment]
+        function, arguments, *rest = reduced
+        own = base_class(type(self)), tuple(self._weight_norm)
+        if function is _NEW_OBJECT:
+            return (_rebuild, (*own, *arguments[1:]), *rest)
+        if function is type(self):
+            # Its class reduces itself to a call, which would give it plain weights: the state comes after that.
+            return _rebuild_by_call, (*own, *arguments), vars(self)
+        raise TypeError(f"{own[0].__name__} pickles itself in a way of its own: wnconvert.fold(model) first")
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        settle(self)
+        return super().named_parameters(*args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         settle(self)
@@ -68,7 +73,7 @@ class WeightNormLayer(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _READS.pop(self, None)
+        handed_out.forget(self)
         for name in self._weight_norm:
             _translate_keys(self, name, state_dict, prefix, errors=args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -100,32 +105,43 @@ class _RecurrentLayer(WeightNormLayer):
 
 def attach(module: nn.Module, name: str, spec: Spec, g: nn.Parameter, v: nn.Parameter) -> None:
     """Replace the parameter `name` of `module` by a computed weight with the given magnitude and direction."""
-    names = (*split_names(module), name)
-    base = _base(type(module))
     specs: dict[str, Spec] = module.__dict__.get("_weight_norm", {})
     order = next(iter(specs.values())).order if specs else tuple(module._parameters)
-    specs = {**specs, name: spec._replace(order=order)}
+    base = base_class(type(module))
     del module._parameters[name]
-    module.__dict__["_weight_norm"] = specs
+    module.__dict__["_weight_norm"] = {**specs, name: spec._replace(order=order)}
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
-    module.__class__ = _subclass(base, tuple(sorted(names)))
+    module.__class__ = subclass(base, (*specs, name))
     # After the bias, as torch has it: optimizer state counts parameters in this order.
     for key, parameter in zip(spell(name, "legacy"), (g, v), strict=True):
         module.register_parameter(key, parameter)
 
 
+def obstacle(module: nn.Module, name: str) -> str | None:
+    """Why a plain weight of this very module cannot be split in place, or None."""
+    if wrapper(module):
+        return f"its layer has become a {type(module).__name__} since it was split; undo that first"
+    taken = next((key for key in spell(name, "legacy") if hasattr(module, key)), None)
+    return None if taken is None else f"its layer has a {taken} of its own"
+
+
+def wrapper(module: nn.Module) -> bool:
+    """Whether something else (FSDP, a parametrization) has swapped the class of a split module once more."""
+    return isinstance(module, WeightNormLayer) and "_base_class" not in vars(type(module))
+
+
 def detach(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     """Put a plain parameter back in the place of a computed weight."""
-    _READS.get(module, {}).pop(name, None)
-    base = _base(type(module))
+    handed_out.forget(module, name)
+    base = base_class(type(module))
     order = module.__dict__["_weight_norm"].pop(name).order
     for key in spell(name, "legacy"):
         del module._parameters[key]
     left = split_names(module)
     if not left:
         del module.__dict__["_weight_norm"]
-    module.__class__ = _subclass(base, left) if left else base
+    module.__class__ = subclass(base, left)
     restore_parameter(module, name, weight, order)
 
 
@@ -155,13 +171,20 @@ def spec_of(module: nn.Module, name: str) -> Spec:
 
 def settle(module: nn.Module) -> None:
     """Re-split every weight that somebody wrote into since it was handed out."""
-    for name, read in _READS.pop(module, {}).items():
-        g, v = (module._parameters[key] for key in spell(name, "legacy"))
-        if g is not read.g or v is not read.v or _versions(read.g, read.v) != read.versions:
-            continue  # trained or loaded since: the weight handed out is history
-        with torch.no_grad():
-            if not torch.equal(_compute(module, name), read.weight):
-                _assign(module, name, read.weight)
+    if not handed_out.any_of(module) or any(_is_stand_in(parameter) for parameter in module._parameters.values()):
+        return
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        for name, weight in handed_out.written(module):
+            _assign(module, name, weight)
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+def _is_stand_in(parameter: Tensor | None) -> bool:
+    """Whether a tracer or functional_call has put something else in the place of a parameter for the time being."""
+    return parameter is not None and (isinstance(parameter, FakeTensor) or not isinstance(parameter, nn.Parameter))
 
 
 def reduced_axes(axis: Axis, rank: int, groups: int) -> tuple[int, ...] | None:
@@ -171,52 +194,66 @@ def reduced_axes(axis: Axis, rank: int, groups: int) -> tuple[int, ...] | None:
     return None if axis is None else tuple(i for i in range(rank) if i not in kept)
 
 
-_SUBCLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_SUBCLASSES: weakref.WeakKeyDictionary[type[nn.Module], dict[tuple[str, ...], type[nn.Module]]]
+_SUBCLASSES = weakref.WeakKeyDictionary()
 
 
-def _subclass(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    if (base, names) not in _SUBCLASSES:
-        _SUBCLASSES[base, names] = _make_subclass(base, names)
-    return _SUBCLASSES[base, names]
+def subclass(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class of modules of class `base` whose weights `names` are computed; `base` itself for no names."""
+    if not names:
+        return base
+    made = _SUBCLASSES.setdefault(base, {})
+    names = tuple(sorted(names))
+    if names not in made:
+        made[names] = _make_subclass(base, names)
+    return made[names]
+
+
+def base_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before it was split."""
+    return vars(cls).get("_base_class", cls)  # type: ignore[no-any-return]
 
 
 def _make_subclass(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     mixin = _RecurrentLayer if issubclass(base, nn.RNNBase) else WeightNormLayer
     namespace: dict[str, Any] = {name: _weight_property(name) for name in names}
     # Same module as the base, so that torch.fx keeps the layer as a leaf where it keeps the base.
-    namespace |= {"__module__": base.__module__, "__qualname__": f"WeightNorm{base.__qualname__}"}
+    namespace |= {"__module__": base.__module__, "__qualname__": f"WeightNorm{base.__qualname__}", "_base_class": base}
     return type(f"WeightNorm{base.__name__}", (mixin, base), namespace)
 
 
-def _base(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls.__bases__[1] if issubclass(cls, WeightNormLayer) else cls
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    cls = subclass(base, names)
+    return cls.__new__(cls, *arguments)
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = _subclass(base, tuple(sorted(names)))
-    return cls.__new__(cls)
+def _rebuild_by_call(base: type[nn.Module], names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    module = base(*arguments)
+    vars(module).clear()
+    module.__class__ = subclass(base, names)
+    return module
 
 
 def _weight_property(name: str) -> property:
     def weight(self: nn.Module) -> Tensor:
-        return _read(self, name)
+        if torch.compiler.is_compiling():
+            _settle_in_trace(self)
+            return _compute(self, name)
+        settle(self)
+        found = _compute(self, name)
+        handed_out.remember(self, name, found, reader=sys._getframe(1))
+        return found
 
     return property(weight, doc=f"g * v / ||v|| of {name}_g and {name}_v, computed on each read.")
 
 
-def _read(module: nn.Module, name: str) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return _compute(module, name)
-    if module in _READS:
-        settle(module)
-    weight = _compute(module, name)
-    g, v = (module._parameters.get(key) for key in spell(name, "legacy"))
-    # Reads inside a forward pass are many, and nobody writes to a weight there. A tracer's stand-in is no tensor.
-    if sys._getframe(2).f_code.co_name != "forward" and isinstance(weight, Tensor) and g is not None and v is not None:
-        versions = _versions(g, v)
-        if versions is not None:
-            _READS.setdefault(module, {})[name] = _Read(g, v, versions, weight)
-    return weight
+def _settle_in_trace(module: nn.Module) -> None:
+    """Settle while torch.compile traces: at once, and not as a part of the graph."""
+    settle(module)
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler for it.
+_settle_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compute(module: nn.Module, name: str) -> Tensor:
@@ -250,8 +287,11 @@ def _assign(module: nn.Module, name: str, value: Any) -> None:
     g, v = (module.get_parameter(key) for key in spell(name, "legacy"))
     if value.shape != v.shape:
         raise ValueError(f"cannot assign shape {list(value.shape)} as {name!r} of shape {list(v.shape)}: fold first")
-    _READS.get(module, {}).pop(name, None)
-    new_g, new_v = weightnorm.split(value.detach().to(v.dtype), spec.axis, groups=spec.groups, name=name)
+    handed_out.forget(module, name)
+    try:
+        new_g, new_v = weightnorm.split(value.detach().to(v.dtype), spec.axis, groups=spec.groups, name=name)
+    except NotSplittable as error:
+        raise ValueError(f"cannot split what was written to {name!r}: {error}") from error
     with torch.no_grad():
         g.copy_(new_g)
         v.copy_(new_v)
@@ -277,7 +317,3 @@ def _translate_keys(module: nn.Module, name: str, state: dict[str, Any], prefix:
         errors.append(f"{full} cannot be split: {error}")
     else:
         state[g_key], state[v_key] = pair
-
-
-def _versions(g: Tensor, v: Tensor) -> tuple[int, int] | None:
-    return None if g.is_inference() or v.is_inference() else (g._version, v._version)

@@ -40,17 +40,51 @@ def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Mod
     Raises:
         InputError: the checkpoint does not fit; the message lists the first differences. The module is left unchanged.
     """
-    state = _best_match(module, _tensors(checkpoint))
-    pairs = {
-        pair.name: pair for pair in find_pairs({key: tuple(t.shape) for key, t in state.items()}) if not pair.problem
-    }
     held = dict(_held(module))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    state = _with_twins(
+        [*_groups(parameters), *_groups({name: pair.v for name, pair in held.items()})],
+        _best_match(module, _tensors(checkpoint)),
+    )
+    pairs = {name: pair for name, pair in _pairs(state).items() if name in held or name in parameters}
     _require_fit(module, state, pairs, held)
+    magnitudes: dict[int, nn.Parameter] = {}
     for name, pair in pairs.items():
         if name not in held:
-            _attach(module, name, state[pair.g], state[pair.v])
-    module.load_state_dict(_spelled_for(module, state, pairs), strict=True)
+            _attach(module, name, state[pair.g], state[pair.v], magnitudes)
+    meta = any(parameter.is_meta for parameter in parameters.values())
+    extra = {key: value for key, value in module.state_dict().items() if not isinstance(value, Tensor)}
+    module.load_state_dict(extra | _spelled_for(module, state, pairs), strict=True, assign=meta)
     return module
+
+
+def _pairs(state: Mapping[str, Tensor]) -> dict[str, Pair]:
+    found = find_pairs({key: tuple(tensor.shape) for key, tensor in state.items()})
+    return {pair.name: pair for pair in found if not pair.problem}
+
+
+def _groups(named: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of one and the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _with_twins(groups: list[list[str]], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add what a file leaves out because it is tied to something that it holds, as safetensors files do."""
+    pairs, full = _pairs(state), dict(state)
+    for twins in groups:
+        source = next((name for name in twins if name in state or name in pairs), None)
+        for twin in twins:
+            if source is None or twin in state or twin in pairs:
+                continue
+            if source in pairs:
+                pair = pairs[source]
+                full |= dict(zip(spell(twin, pair.scheme), (state[pair.g], state[pair.v]), strict=True))
+            else:
+                full[twin] = state[source]
+    return full
 
 
 def _tensors(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -74,12 +108,11 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def _plain_names(keys: Mapping[str, Tensor]) -> set[str]:
-    names = set(keys)
-    for pair in find_pairs({key: tuple(t.shape) for key, t in keys.items()}):
-        if not pair.problem:
-            names -= {pair.g, pair.v}
-            names.add(pair.name)
+def _plain_names(state: Mapping[str, Tensor]) -> set[str]:
+    names = set(state)
+    for pair in _pairs(state).values():
+        names -= {pair.g, pair.v}
+        names.add(pair.name)
     return names
 
 
@@ -122,20 +155,23 @@ def _require_fit(
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, forms.SplitWeight]]:
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         for name, pair in forms.split_weights(child).items():
             yield f"{path}.{name}".lstrip("."), pair
 
 
-def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor) -> None:
+def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor, magnitudes: dict[int, nn.Parameter]) -> None:
+    """Split one weight. Tied weights share the magnitude that was made first, by the identity of the weight."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
+    if leaf in layers.split_names(owner):
+        return  # one module under two names
     weight = owner.get_parameter(leaf)
     groups, axis = weightnorm.pair_axis(g.shape, v.shape, name)
     kind = kind_of(owner)
     spec = layers.Spec(kind.name if kind else "Unknown", axis, groups, layers.reduced_axes(axis, v.dim(), groups))
     new_g = nn.Parameter(torch.empty(g.shape, dtype=weight.dtype, device=weight.device), weight.requires_grad)
-    layers.attach(owner, leaf, spec, new_g, weight)
+    layers.attach(owner, leaf, spec, magnitudes.setdefault(id(weight), new_g), weight)
 
 
 def _spelled_for(module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:

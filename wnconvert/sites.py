@@ -162,8 +162,8 @@ def resolve(
     elif len(choices) > 1 and reason is None:
         said = ", ".join(f"{use.where} needs axis {axis}" for (axis, _), use in reversed(choices.items()))
         reason = f"its uses disagree on the axis: {said}"
-    if reason is None and not shape:
-        reason = "a scalar has no direction"
+    if reason is None and (not shape or 0 in shape):
+        reason = "a scalar has no direction" if not shape else "it is empty"
     return Site(
         name=first.root,
         kind=first.kind,

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from wnconvert import rows
-from wnconvert.errors import NotSplittable, PairError
+from wnconvert.errors import NotSplittable, PairError, UsageError
 from wnconvert.sites import Axis, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
@@ -79,6 +80,10 @@ def split(
     """
     if w.dtype not in DTYPES:
         raise NotSplittable(f"dtype {str(w.dtype).removeprefix('torch.')} has no weight normalization")
+    if w.is_meta or w.layout != torch.strided:
+        raise NotSplittable("has no data (meta device)" if w.is_meta else f"is {w.layout}, not strided")
+    if groups > 1 and (not w.dim() or w.shape[0] % groups):
+        raise UsageError(f"{groups} groups do not divide a weight of shape {list(w.shape)}")
     w = w.detach()
     view, kept, g_shape = rows.by_rows(w, axis, groups)
     norms = _norms(view, kept, block)
@@ -104,6 +109,9 @@ def split(
 def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> Tensor:
     """Multiply magnitude and direction back into one weight, each element rounded once.
 
+    Rows that `split` had to scale by a power of two (their norm leaves the range in which a runtime can square it) come
+    back exactly too. They are recognised by their values, so a trained pair that looks like one is treated as one.
+
     Args:
         g: magnitudes, in one of the shapes that `split` gives for v's shape. Its dtype may be wider than v's.
         v: directions.
@@ -117,26 +125,45 @@ def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> T
         PairError: the shapes or dtypes are not a pair, a value is NaN or infinite, or a row of `v` is zero where `g`
             is not.
     """
+    groups, axis = _open_pair(g, v, name)
+    g, v = g.detach().reshape(-1), v.detach()
+    w = torch.empty_like(v, memory_format=torch.preserve_format)
+    view, kept, _ = rows.by_rows(v, axis, groups)
+    out = rows.by_rows(w, axis, groups)[0]
+    scratch, first = _scratch(v, block), 0
+    for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
+        norm = _norm(part, kept, scratch)
+        magnitude = g[first : first + norm.numel()]
+        _require_directions(norm, magnitude, name, first)
+        _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
+        first += norm.numel()
+    return w
+
+
+def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
+    """Raise the `PairError` that `fold` would raise, without making the weight."""
+    groups, axis = _open_pair(g, v, name)
+    view, kept, _ = rows.by_rows(v.detach(), axis, groups)
+    _require_directions(_norms(view, kept, BLOCK), g.detach().reshape(-1), name)
+
+
+def _open_pair(g: Tensor, v: Tensor, name: str) -> tuple[int, Axis]:
     groups, axis = pair_axis(g.shape, v.shape, name)
     if v.dtype not in DTYPES or g.dtype not in DTYPES:
         raise PairError(
             f"{name}: g is {g.dtype} and v is {v.dtype}; both must be float64, float32, float16 or bfloat16"
         )
-    g, v = g.detach().reshape(-1), v.detach()
-    w = torch.empty_like(v, memory_format=torch.preserve_format)
-    view, kept, _ = rows.by_rows(v, axis, groups)
-    out = rows.by_rows(w, axis, groups)[0]
-    scratch = _scratch(v, block)
-    first, where = 0, f"{name}: row {{}}"
-    for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
-        norm = _norm(part, kept, scratch)
-        magnitude = g[first : first + norm.numel()]
-        _require(norm.isfinite(), PairError, f"{where} of v holds NaN or infinity", first)
-        _require(magnitude.isfinite(), PairError, f"{where} of g is NaN or infinite", first)
-        _require((norm != 0) | (magnitude == 0), PairError, f"{where} of v is zero but its g is not", first)
-        _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
-        first += norm.numel()
-    return w
+    if v.is_meta or v.layout != torch.strided:
+        raise PairError(f"{name}: v {'has no data (meta device)' if v.is_meta else f'is {v.layout}, not strided'}")
+    g = g.detach().reshape(-1)
+    _require(g.isfinite(), PairError, f"{name}: row {{}} of g is NaN or infinite")
+    _require(g.to(v.dtype).isfinite(), PairError, f"{name}: row {{}} of g overflows the {v.dtype} of v")
+    return groups, axis
+
+
+def _require_directions(norm: Tensor, g: Tensor, name: str, first: int = 0) -> None:
+    _require(norm.isfinite(), PairError, f"{name}: row {{}} of v holds NaN or infinity", first)
+    _require((norm != 0) | (g == 0), PairError, f"{name}: row {{}} of v is zero but its g is not", first)
 
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
@@ -151,7 +178,7 @@ def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tens
     """Compute `g * v / ||v||` with gradients, for the forward pass of a training step.
 
     The ratio `g / ||v||` is taken as 1 where it is 1 within the rounding of `g`, so that a fresh pair gives `v` bit
-    for bit; every other element is within 1 ulp of `fold`.
+    for bit; every other element is within 1 ulp of `fold` (2 in float64, where both round more than once).
 
     Args:
         g: magnitudes, shaped to broadcast against `v`.
@@ -217,8 +244,12 @@ def _has_exact_norm(v: Tensor) -> bool:
 
 
 def _plain_eager() -> bool:
-    """Neither a tracer nor a transform of torch.func is looking on: they want the formula itself."""
-    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
+    """No tracer, transform of torch.func or forward-mode derivative is looking on: they want the formula itself."""
+    return (
+        torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:

@@ -13,7 +13,8 @@ from wnconvert import layers, weightnorm
 from wnconvert.carriers import module_forms as forms
 from wnconvert.carriers.module_forms import SplitWeight
 from wnconvert.errors import InputError, PairError, UsageError
-from wnconvert.sites import Dim, Scheme, Site, Use, resolve
+from wnconvert.names import spell
+from wnconvert.sites import Dim, Scheme, Selection, Site, Use, resolve
 from wnconvert.walk import fx, modules
 
 
@@ -57,18 +58,17 @@ class ModuleCarrier:
             uses.setdefault(use.root, []).append(self._mark_unreached(use))
         for use in self._traced.uses if self._traced else ():
             uses.setdefault(use.root, []).append(use)
-        for name in split:
+        for name in (*split, *self._unexplained(split)):
             uses.setdefault(name, [])
         found = []
-        for names in self._tied(uses):
+        for names in self._tied(uses, split):
             everywhere = [dataclasses.replace(use, root=names[0]) for name in names for use in uses.get(name, ())]
             # An embedding that shares its table with a layer follows that layer.
             layer_uses = [use for use in everywhere if use.kind != "Embedding"] or everywhere
-            first, ties = names[0], tuple(names[1:])
-            if first in split:
-                found.append(self._split_site(first, split[first], layer_uses, ties))
+            if names[0] in split:
+                found.append(self._split_site(names, split[names[0]], layer_uses))
             else:
-                found.append(self._plain_site(first, layer_uses, ties, dim))
+                found.append(self._plain_site(names, layer_uses, dim))
         return [*found, *self._foreign_sites()]
 
     def read_weight(self, site: Site) -> Tensor:
@@ -91,19 +91,17 @@ class ModuleCarrier:
         trains = self.module.get_parameter(site.name).requires_grad
         pair = nn.Parameter(g, trains), nn.Parameter(v, trains)
         reduced = layers.reduced_axes(site.axis, len(site.shape), site.groups)
-        for name in (site.name, *site.tied):
-            owner = self._owner(name)
-            layers.attach(owner.module, owner.name, layers.Spec(site.kind, site.axis, site.groups, reduced), *pair)
+        spec = layers.Spec(site.kind, site.axis, site.groups, reduced)
+        for owner in self._owners(site):
+            layers.attach(owner.module, owner.name, spec, *pair)
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
         value = weight()
         owner = self._owner(site.name)
         pair = forms.split_weights(owner.module)[owner.name]
         parameter = nn.Parameter(value, pair.g.requires_grad or pair.v.requires_grad)
-        for name in (site.name, *site.tied):
-            owner = self._owner(name)
-            form = forms.split_weights(owner.module)[owner.name].form
-            forms.remove(owner.module, owner.name, form, parameter)
+        for owner in self._owners(site):
+            forms.replace(owner.module, owner.name, parameter)
 
     def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002
         raise UsageError("a module in memory cannot be renamed: fold it, or rename its saved state dict")
@@ -125,6 +123,13 @@ class ModuleCarrier:
         for module in self.module.modules():
             forms.remove_leftover_hooks(module)
 
+    def require_pairs(self, selection: Selection) -> None:
+        """Raise what folding would raise, before anything has changed."""
+        sites = [site for site in self.sites("torch") if site.state == "split"]
+        for site in selection.apply(sites) if sites else ():
+            if site.skip is None:
+                weightnorm.require_pair(*self.read_pair(site), name=site.name)
+
     def _split(self) -> dict[str, SplitWeight]:
         found = {}
         for path, module in self.module.named_modules(remove_duplicate=False):
@@ -132,8 +137,8 @@ class ModuleCarrier:
                 found[f"{path}.{name}".lstrip(".")] = pair
         return found
 
-    def _split_site(self, name: str, pair: SplitWeight, uses: list[Use], tied: tuple[str, ...]) -> Site:
-        owner = self._owner(name)
+    def _split_site(self, names: list[str], pair: SplitWeight, uses: list[Use]) -> Site:
+        name, owner = names[0], self._owner(names[0])
         problem, groups, axis = pair.problem, 1, None
         if problem is None:
             try:
@@ -151,18 +156,21 @@ class ModuleCarrier:
             state="split",
             scheme=pair.scheme,
             uses=tuple(use.where for use in uses),
-            tied=tied,
+            tied=tuple(names[1:]),
             skip=problem,
         )
 
-    def _plain_site(self, name: str, uses: list[Use], tied: tuple[str, ...], dim: Dim) -> Site:
-        weight = self.module.get_parameter(name)
-        site = resolve(uses, tuple(weight.shape), _dtype_name(weight), dim=dim, tied=tied)
+    def _plain_site(self, names: list[str], uses: list[Use], dim: Dim) -> Site:
+        weight = self.module.get_parameter(names[0])
+        uses = uses or [Use(names[0], "Unknown", names[0], 0, 0)]
+        site = resolve(uses, tuple(weight.shape), _dtype_name(weight), dim=dim, tied=tuple(names[1:]))
         if weight.is_meta:
             return site.skipped("has no data (meta device)")
         if type(weight) is not nn.Parameter:
             return site.skipped(f"held as a {type(weight).__name__}, which may not be replaced")
-        return site
+        problems = (layers.obstacle(owner.module, owner.name) for owner in self._owners(site))
+        problem = next((problem for problem in problems if problem), None)
+        return site.skipped(problem) if problem else site
 
     def _foreign_sites(self) -> list[Site]:
         """Weights that something else holds in parts of its own. They count as split, so that fold reports them too."""
@@ -183,26 +191,54 @@ class ModuleCarrier:
                 )
         return found
 
-    def _tied(self, uses: Mapping[str, object]) -> list[list[str]]:
-        """Group names by the tensor they stand for, in the order of the uses, with names that nothing uses added."""
-        split = self._split()
-        everything: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+    def _unexplained(self, split: Mapping[str, SplitWeight]) -> list[str]:
+        """Parameters that could be weights of something that neither a trace nor the table of kinds shows."""
+        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        found = []
+        for name, parameter in self.module.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            spectral = leaf.endswith("_orig") and leaf.removesuffix("_orig") in forms.other_parametrizations(
+                self.module.get_submodule(path)
+            )
+            held = spectral or ".parametrizations." in f".{name}"
+            if parameter.dim() > 1 and id(parameter) not in halves and not held:
+                found.append(name)
+        return found
+
+    def _tied(self, uses: Mapping[str, object], split: Mapping[str, SplitWeight]) -> list[list[str]]:
+        """Group names by the tensor they stand for, in the order of the uses, with names that nothing uses added.
+
+        Names of a tensor that is split come before names under which it is still plain.
+        """
+        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        everything: dict[str, Tensor] = {
+            name: parameter
+            for name, parameter in self.module.named_parameters(remove_duplicate=False)
+            if id(parameter) not in halves or name not in _spelled(split)
+        }
         everything |= {name: pair.v for name, pair in split.items()}
         groups: dict[object, list[str]] = {}
         for name, tensor in everything.items():
             groups.setdefault(_identity(tensor), []).append(name)
-        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
         found: dict[object, list[str]] = {}
         for name in uses:
             key = _identity(everything[name])
-            same = [n for n in groups[key] if n in split or id(everything[n]) not in halves]
-            found.setdefault(key, [name, *(n for n in same if n != name)])
+            names = [name, *(other for other in groups[key] if other != name)]
+            found.setdefault(key, sorted(names, key=lambda other: other not in split))
         return list(found.values())
 
     def _mark_unreached(self, use: Use) -> Use:
-        if self._traced is None or use.where in self._traced.called or "." not in use.root:
+        if self._traced is None or "." not in use.root:
+            return use
+        steps = use.where.split(".")
+        if any(".".join(steps[:i]) in self._traced.called for i in range(1, len(steps) + 1)):
             return use
         return dataclasses.replace(use, where=f"{use.where} (not in the trace)")
+
+    def _owners(self, site: Site) -> list[_Owner]:
+        """The modules that hold a weight, each once, also where one module goes by several names."""
+        owners = [self._owner(name) for name in (site.name, *site.tied)]
+        return list({(id(owner.module), owner.name): owner for owner in owners}.values())
 
     def _owner(self, name: str) -> _Owner:
         path, _, leaf = name.rpartition(".")
@@ -216,6 +252,11 @@ class _Fold:
 
     def __call__(self) -> Tensor:
         return weightnorm.fold(self.pair.g, self.pair.v, name=self.name)
+
+
+def _spelled(split: Mapping[str, SplitWeight]) -> set[str]:
+    """Names of the parameters that hold a half of a pair."""
+    return {key for name, pair in split.items() for key in spell(name, pair.scheme)}
 
 
 def _identity(tensor: Tensor) -> object:

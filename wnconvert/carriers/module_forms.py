@@ -42,8 +42,11 @@ class SplitWeight:
 def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
     """Every split weight of this very module, by the name of the plain weight."""
     found: dict[str, SplitWeight] = {}
+    wrapped = (
+        f"its layer has become a {type(module).__name__} since; undo that first" if layers.wrapper(module) else None
+    )
     for name in layers.split_names(module):
-        found[name] = _pair(module, spell(name, "legacy"), "wnconvert")
+        found[name] = _pair(module, spell(name, "legacy"), "wnconvert", wrapped)
     for _, hook in _legacy_hooks(module):
         found[hook.name] = _pair(module, spell(hook.name, "legacy"), "legacy")
     for name, chain in _parametrizations(module):
@@ -65,12 +68,17 @@ def other_parametrizations(module: nn.Module) -> dict[str, str]:
     return found
 
 
-def remove(module: nn.Module, name: str, form: Form, weight: nn.Parameter) -> None:
-    """Replace a split weight of any form by a plain parameter, leaving nothing of the form behind."""
-    if form == "wnconvert":
+def replace(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Replace a weight of any form by a plain parameter, leaving nothing of the form behind."""
+    pair = split_weights(module).get(name)
+    if pair is None:
+        # Tied to a weight that is split elsewhere, and plain here.
+        module._parameters[name] = weight
+        return
+    if pair.form == "wnconvert":
         layers.detach(module, name, weight)
         return
-    if form == "legacy":
+    if pair.form == "legacy":
         _remove_legacy(module, name)
     else:
         _remove_parametrization(module, name)
@@ -94,6 +102,10 @@ def remove_leftover_hooks(module: nn.Module) -> None:
 
 def _pair(holder: nn.Module, keys: tuple[str, str], form: Form, problem: str | None = None) -> SplitWeight:
     g, v = (holder.get_parameter(key) for key in keys)
+    if v.is_meta:
+        problem = problem or "has no data (meta device)"
+    if not type(g) is type(v) is nn.Parameter:
+        problem = problem or f"held as a {type(v).__name__}, which may not be replaced"
     if problem is None and not is_norm_shape(tuple(g.shape), tuple(v.shape)):
         problem = f"g of shape {list(g.shape)} is not the norm of v of shape {list(v.shape)}"
     return SplitWeight(form, g, v, problem)
@@ -126,12 +138,14 @@ def _remove_legacy(module: nn.Module, name: str) -> None:
 def _remove_parametrization(module: nn.Module, name: str) -> None:
     held = cast("nn.ModuleDict", module._modules["parametrizations"])
     del held[name]
-    cls = type(module)
+    # Our own class may be on top, for another weight of the same layer.
+    ours, cls = layers.split_names(module), layers.base_class(type(module))
     if len(held) == 0:
         del module._modules["parametrizations"]
-        module.__class__ = cls.__bases__[0]
+        plain = cls.__bases__[0]
     else:
         # A deep copy shares this class: deleting the property from it, as torch does, would break the original.
         rest = {key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")}
-        module.__class__ = type(cls.__name__, cls.__bases__, rest)
+        plain = type(cls.__name__, cls.__bases__, rest)
+    module.__class__ = layers.subclass(plain, ours)
     remove_leftover_hooks(module)

@@ -15,7 +15,7 @@ from wnconvert import __version__
 from wnconvert.cli.apply import apply
 from wnconvert.cli.fold import fold
 from wnconvert.cli.inspect import inspect
-from wnconvert.cli.outcome import INTERRUPTED
+from wnconvert.cli.outcome import INTERRUPTED, json_of_error
 from wnconvert.cli.rename import rename
 from wnconvert.cli.verify import verify
 
@@ -55,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Names in a file may hold what the terminal's encoding cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     _clean_up_when_told_to_stop()
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = None if argv is None else list(argv)
         return int(group.main(arguments, prog_name="wnconvert", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
+        if "--json" in arguments:
+            click.echo(json_of_error(error.format_message(), error.exit_code))
         return error.exit_code
     except click.Abort:
         return INTERRUPTED

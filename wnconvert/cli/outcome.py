@@ -77,6 +77,11 @@ def watching(quiet: bool) -> Iterator[Watcher]:
         yield bar
 
 
+def json_of_error(message: str, code: int) -> str:
+    """The object for an error before any verb has run."""
+    return json.dumps({"tool": "wnconvert", "version": __version__, **_error(message, code)}, indent=2)
+
+
 def of_report(report: Report, *, verbose: bool, dry_run: bool = False) -> Outcome:
     """The outcome of a verb that made a report."""
 

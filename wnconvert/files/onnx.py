@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
 from wnconvert.carriers.onnx import OnnxCarrier, external
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, UsageError
 from wnconvert.files import Document, ReadOptions
 from wnconvert.files.magnitudes import statistics
 from wnconvert.files.onnx_outputs import compare
@@ -34,12 +34,15 @@ def recognise(path: Path) -> bool:
     return path.suffix == ".onnx" and not head.startswith((b"PK", b"\x80"))
 
 
-def read(path: Path, options: ReadOptions) -> OnnxDocument:  # noqa: ARG001 - of other formats
+def read(path: Path, options: ReadOptions) -> OnnxDocument:
     """Open a model. Its external data is only looked at, not read.
 
     Raises:
         InputError: the model is damaged, or its data is missing, truncated or outside its folder.
+        UsageError: a module is named that says what the layers are.
     """
+    if options.arch is not None:
+        raise UsageError(f"{path}: --arch is for checkpoints; an ONNX file says itself what its layers are")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -63,7 +66,10 @@ class OnnxDocument:
 
     def __init__(self, path: Path, model: ModelProto) -> None:
         self.path = path
-        self.carrier = OnnxCarrier(model, path.parent)
+        try:
+            self.carrier = OnnxCarrier(model, path.parent)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         self.carrier.data_files()
         self.notes: list[str] = []
         if model.functions:

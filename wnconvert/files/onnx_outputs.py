@@ -170,7 +170,7 @@ def _readers(value: Constant) -> list[Any]:
     readers = []
     for reader in value.consumers:
         readers.append(reader)
-        if is_op(reader.node, "Cast", "Identity"):
+        if is_op(reader.node, "Cast", "Identity") and reader.node.output:
             passed = reader.scope.find(reader.node.output[0])
             readers += passed.consumers if passed is not None else []
     return readers

@@ -7,6 +7,7 @@ come from the file. No name is ever shortened: where the terminal is narrow, it 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterable
 
@@ -91,6 +92,8 @@ def output_fact(check: OutputCheck) -> Text:
     """What running both on the same inputs showed."""
     if check.equal is None:
         return Text(f"not compared: {text.safe(check.note or 'this format cannot be run')}", "yellow")
+    if check.note and check.largest is not None and math.isinf(check.largest):
+        return Text(text.safe(check.note), "red")
     largest = "unknown" if check.largest is None else text.number(check.largest)
     allowed = "none" if check.tolerance is None else text.number(check.tolerance)
     words = f"largest relative difference {largest}, tolerance {allowed}"

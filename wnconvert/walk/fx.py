@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from wnconvert.kinds import FUNCTIONS, FunctionKind, Operand
 from wnconvert.sites import Axis, Use
@@ -37,20 +39,28 @@ def trace(root: nn.Module) -> Trace:
     Raises:
         TraceFailed: its forward pass depends on values, or fails.
     """
-    # Tracing runs the forward pass: what it sets on the way (counters, caches, constants) must not stay.
-    before = [(module, dict(vars(module))) for module in root.modules()]
     try:
-        graph = _Tracer().trace(root)
+        # Tracing runs the forward pass: what it changes on the way (counters, buffers, caches) must not stay.
+        twin = _copy(root)
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(twin)
     except Exception as error:
-        # The forward pass is somebody's code run on stand-ins: it may raise anything at all.
+        # The forward pass is somebody's code run on stand-ins, and so may be copying: they may raise anything at all.
         lines = str(error).strip().splitlines()
         raise TraceFailed(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__) from error
-    finally:
-        for module, state in before:
-            vars(module).clear()
-            vars(module).update(state)
     called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
     return Trace(tuple(_functional_uses(root, graph)), called)
+
+
+def _copy(root: nn.Module) -> nn.Module:
+    """Copy everything but the parameters, which a forward pass does not write to."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in root.parameters()}
+    for module in root.modules():
+        # Buffers are small. torch's legacy weight norm keeps a computed weight, which deepcopy refuses.
+        held = (*module._buffers.values(), *vars(module).values())
+        memo |= {id(value): value.detach().clone() for value in held if isinstance(value, Tensor)}
+    twin: nn.Module = copy.deepcopy(root, memo)
+    return twin
 
 
 class _Tracer(fx.Tracer):

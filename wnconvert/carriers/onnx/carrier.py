@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from wnconvert import names, weightnorm
 from wnconvert.carriers.onnx import external, tensors
+from wnconvert.carriers.onnx.edit import Editor
 from wnconvert.carriers.onnx.graphs import IR_WITH_INITIALIZERS, Constant, GraphIndex, Scope, all_tensors
 from wnconvert.carriers.onnx.pairs import Pair, emit, find_pairs
+from wnconvert.carriers.onnx.roots import OTHER_FORM
 from wnconvert.carriers.onnx.uses import find_uses
 from wnconvert.errors import InputError, UsageError
 from wnconvert.sites import Dim, Scheme, Site, Use, resolve
@@ -47,6 +49,7 @@ class OnnxCarrier:
 
     def _refresh(self) -> None:
         self.index = GraphIndex(self.model)
+        self._editor = Editor()
         self._pairs = find_pairs(self.index)
         self._by_name = self.index.constants()
         self._pair_of = {pair.v: pair for pair in self._pairs.values()}
@@ -97,7 +100,7 @@ class OnnxCarrier:
                 # The original data stays where it is, and fold finds the way back to it.
                 made.nodes[-1].doc_string = external.reference(value.tensor)
             self._write(value.tensor, lambda: v)
-        _add(value, made.nodes, self._hold(value.scope, made.constants))
+        self._editor.insert(value, [*self._hold(value.scope, made.constants), *made.nodes])
         for consumer in value.consumers:
             consumer.node.input[consumer.position] = made.result
 
@@ -109,7 +112,7 @@ class OnnxCarrier:
             self._write(pair.v.tensor, weight)
         for consumer in pair.result.consumers:
             consumer.node.input[consumer.position] = pair.v.name
-        _remove(pair)
+        self._editor.remove(pair)
 
     def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002 - refused for any
         """Refuse: a pair in a graph has no keys.
@@ -162,6 +165,8 @@ class OnnxCarrier:
         pair = self._pair_of.get(value)
         if pair is None:
             site = resolve(uses, shape, dtype, dim=dim)
+            if site.skip is not None and site.skip.startswith(OTHER_FORM):
+                return dataclasses.replace(site, state="split")
             reason = self._problem(value) or self._group_problem(site)
             return dataclasses.replace(site, skip=reason) if reason else site
         return Site(
@@ -241,49 +246,6 @@ class OnnxCarrier:
             node.attribute.add(name="value", type=AttributeProto.TENSOR, t=tensor)
             nodes.append(node)
         return nodes
-
-
-def _add(value: Constant, nodes: list[NodeProto], constants: list[NodeProto]) -> None:
-    """Insert nodes into the graph that owns a value: after what makes it, or before what first reads it."""
-    graph = value.scope.graph
-    if value.node is not None:
-        position = _position(graph, {id(value.node)}) + 1
-    else:
-        position = _position(graph, {id(_reader_in(value.scope, c.scope, c.node)) for c in value.consumers})
-    for i, node in enumerate([*constants, *nodes]):
-        graph.node.insert(position + i, node)
-
-
-def _reader_in(owner: Scope, scope: Scope, node: NodeProto) -> NodeProto:
-    """The node of the owner's graph that is, or holds, a node of this scope."""
-    while scope is not owner and scope.owner is not None and scope.parent is not None:
-        node, scope = scope.owner, scope.parent
-    return node
-
-
-def _position(graph: GraphProto, nodes: set[int]) -> int:
-    """Where the first of these nodes is. The protos stay the same objects while the index refers to them."""
-    return next(i for i, node in enumerate(graph.node) if id(node) in nodes)
-
-
-def _remove(pair: Pair) -> None:
-    """Delete the nodes of a pair and its constants, unless something else reads those."""
-    own = {id(node) for node in pair.nodes}
-    graph = pair.result.scope.graph
-    for i in reversed([i for i, node in enumerate(graph.node) if id(node) in own]):
-        del graph.node[i]
-    for value in (pair.g, *pair.helpers):
-        value.consumers = [consumer for consumer in value.consumers if id(consumer.node) not in own]
-        if not value.consumers and not value.is_output:
-            _delete_constant(value)
-
-
-def _delete_constant(value: Constant) -> None:
-    graph = value.scope.graph
-    held = graph.initializer if value.node is None else graph.node
-    wanted = value.tensor if value.node is None else value.node
-    for i in [i for i, item in enumerate(held) if item is wanted]:
-        del held[i]
 
 
 def _trained_names(model: ModelProto) -> set[str]:

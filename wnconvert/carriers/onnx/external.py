@@ -50,7 +50,7 @@ def locate(tensor: TensorProto, folder: Path) -> Slice:
             damaged.
     """
     name = tensor.name or "a constant"
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries = {str(entry.key): str(entry.value) for entry in tensor.external_data}
     location = entries.get("location", "")
     posix, windows = PurePosixPath(location), PureWindowsPath(location)
     if not location or posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts):
@@ -97,9 +97,10 @@ def reference(tensor: TensorProto) -> str:
     return _REMEMBERED + json.dumps([[entry.key, entry.value] for entry in tensor.external_data])
 
 
-def recall(line: str, tensor: TensorProto) -> TensorProto | None:
+def recall(line: str | bytes, tensor: TensorProto) -> TensorProto | None:
     """The tensor as it was when `reference` made this line, or None if the line is something else."""
-    if not line.startswith(_REMEMBERED):
+    # protobuf gives text that is not UTF-8 back as bytes.
+    if not isinstance(line, str) or not line.startswith(_REMEMBERED):
         return None
     made = TensorProto()
     made.CopyFrom(tensor)

@@ -12,6 +12,8 @@ from typing import TypeGuard
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
+from wnconvert.errors import InputError
+
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 IR_WITH_INITIALIZERS = 4
@@ -92,6 +94,9 @@ class Constant(Value):
 class GraphIndex:
     """All scopes of a model, outer before inner.
 
+    Raises:
+        InputError: a name is not text.
+
     Attributes:
         model: the proto that is indexed.
         opset: version of the default operator set, 0 if the model does not import it.
@@ -145,11 +150,13 @@ class GraphIndex:
                 returned.is_output = True
 
     def _define(self, value: Value) -> None:
+        _require_text(value.name)
         value.scope.values[value.name] = value
         self.names.add(value.name)
 
     def _add(self, scope: Scope, node: NodeProto) -> None:
         self.names.add(node.name)
+        _require_text(node.op_type, node.domain, node.name, *node.input, *node.output)
         inputs = [scope.find(name) for name in node.input if name]
         for position, name in enumerate(node.input):
             value = scope.find(name) if name else None
@@ -185,6 +192,13 @@ class GraphIndex:
                 taken.add(label)
             labels[value] = label
         return labels
+
+
+def _require_text(*names: str | bytes) -> None:
+    """Refuse what protobuf gives back as bytes."""
+    for name in names:
+        if isinstance(name, bytes):
+            raise InputError(f"damaged: {name.decode(errors='replace')!r} is a name in the graph, and not in UTF-8")
 
 
 def is_op(node: NodeProto | None, *op_types: str) -> TypeGuard[NodeProto]:

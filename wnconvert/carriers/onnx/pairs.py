@@ -30,7 +30,7 @@ class Pair:
         v: the direction, which keeps the name of the plain weight.
         g: the magnitude.
         result: what the layers read.
-        nodes: the formula, in no order.
+        chain: what the nodes of the formula make, in no order.
         helpers: constants that only say which axes and shapes.
         axis: what `g` keeps, as in a `Site`.
         groups: as in a `Site`.
@@ -40,7 +40,7 @@ class Pair:
     v: Constant
     g: Constant
     result: Value
-    nodes: tuple[NodeProto, ...]
+    chain: tuple[Value, ...]
     helpers: tuple[Constant, ...]
     axis: Axis
     groups: int
@@ -137,10 +137,9 @@ def _match(index: GraphIndex, product: Value) -> Pair | None:
     axis = _kept(x, g, groups, reduced, view)
     if axis is False:
         return None
-    nodes = tuple(value.node for value in chain if value.node is not None)
     helpers = tuple(value for value in (view, shape, axes) if isinstance(value, Constant))
-    pair = Pair(x, g, result, nodes, helpers, axis, groups)
-    return dataclasses.replace(pair, problem=_problem(index, pair, [c for c in chain if c is not result]))
+    pair = Pair(x, g, result, tuple(chain), helpers, axis, groups)
+    return dataclasses.replace(pair, problem=_problem(index, pair))
 
 
 def _types_fit(v: Constant, g: Constant, result: Value) -> bool:
@@ -171,9 +170,10 @@ def _kept(
     return axis if tuple(g.tensor.dims) == g_shape(shape, axis, groups) else False
 
 
-def _problem(index: GraphIndex, pair: Pair, inner: list[Value]) -> str | None:
+def _problem(index: GraphIndex, pair: Pair) -> str | None:
     """Why a pair cannot be folded although it has the right structure: something else depends on its parts."""
-    own = {id(node) for node in pair.nodes}
+    own = {id(value.node) for value in pair.chain}
+    inner = (value for value in pair.chain if value is not pair.result)
     for value in (pair.v, pair.g, *inner):
         if value.is_output:
             return f"{value.name}, a part of its weight norm, is an output of the graph"
@@ -184,6 +184,9 @@ def _problem(index: GraphIndex, pair: Pair, inner: list[Value]) -> str | None:
             return f"{value.name}, a part of its weight norm, is also read by {describe(others[0])}"
     if pair.result.is_output:
         return f"{pair.result.name} is an output of the graph"
+    for consumer in pair.result.consumers:
+        if consumer.scope.find(pair.v.name) is not pair.v:
+            return f"{describe(consumer.node)} reads it where {pair.v.name} is the name of something else"
     return None
 
 
@@ -195,7 +198,7 @@ def describe(node: NodeProto) -> str:
 def _inputs(value: Value | None, op_type: str, count: int | None = None) -> list[Value | None]:
     """The inputs of the node that computes a value; at least two Nones if it is not of this type and input count."""
     node = None if value is None else value.node
-    if value is None or not is_op(node, op_type) or count not in (None, len(node.input)):
+    if value is None or not is_op(node, op_type) or not node.input or count not in (None, len(node.input)):
         return [None, None]
     return [value.scope.find(name) if name else None for name in node.input]
 
@@ -205,7 +208,7 @@ def _only_reader(value: Value, op_type: str) -> Value | None:
     if len(value.consumers) != 1:
         return None
     reader = value.consumers[0]
-    if not is_op(reader.node, op_type) or reader.scope is not value.scope or reader.position:
+    if not is_op(reader.node, op_type) or reader.scope is not value.scope or reader.position or not reader.node.output:
         return None
     return reader.scope.values.get(reader.node.output[0])
 

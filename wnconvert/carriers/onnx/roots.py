@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from wnconvert.carriers.onnx.graphs import Constant, Value, attribute, is_op
 from wnconvert.carriers.onnx.pairs import Pair
 
+OTHER_FORM = "the weight is computed with a norm, in a form that this version does not fold"
+"""What the problem of a root begins with if it looks split by another tool."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Root:
@@ -37,7 +40,7 @@ def trace(operand: Value, pairs: Mapping[Value, Pair]) -> Root | None:
         None for one that depends on the model's inputs.
     """
     value, orders = operand, []
-    while value not in pairs and is_op(value.node, "Identity", "Cast", "Transpose"):
+    while value not in pairs and is_op(value.node, "Identity", "Cast", "Transpose") and value.node.input:
         if value.node.op_type == "Transpose":
             perm = attribute(value.node, "perm")
             orders.append(None if perm is None else tuple(perm.ints))
@@ -78,5 +81,7 @@ def _largest(value: Value) -> Root | None:
         return None
     largest = max(leaves, key=lambda leaf: math.prod(leaf.tensor.dims))
     what = "it is quantized" if "DequantizeLinear" in ops else "the weight is computed from it"
+    if {"ReduceL2", "Div", "Mul"} <= set(ops):
+        what = OTHER_FORM
     straight = tuple(range(len(largest.tensor.dims)))
     return Root(largest, straight, f"{what} ({', '.join(dict.fromkeys(ops))})")

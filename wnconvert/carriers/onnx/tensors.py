@@ -36,13 +36,33 @@ _BITS: dict[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def dtype_name(tensor: TensorProto) -> str:
     """The dtype as torch and numpy spell it, `float32`."""
+    if tensor.data_type not in TensorProto.DataType.values():
+        return f"number {tensor.data_type}"
     spelled = str(TensorProto.DataType.Name(tensor.data_type)).lower()
     return _SPELLED.get(spelled, spelled)
 
 
 def itemsize(tensor: TensorProto) -> int:
-    """Bytes of one element; sub-byte types count as one."""
+    """Bytes of one element; sub-byte types count as one.
+
+    Raises:
+        InputError: see `check`.
+    """
+    check(tensor)
     return int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def check(tensor: TensorProto) -> None:
+    """Look whether a tensor can be read at all.
+
+    Raises:
+        InputError: it has a negative size, or a data type that the installed onnx does not know.
+    """
+    name = tensor.name or "a constant"
+    if any(n < 0 for n in tensor.dims):
+        raise InputError(f"{name}: damaged: its shape is {list(tensor.dims)}")
+    if tensor.data_type == TensorProto.UNDEFINED or tensor.data_type not in TensorProto.DataType.values():
+        raise InputError(f"{name}: its data type is {dtype_name(tensor)}, which the installed onnx cannot read")
 
 
 def from_bytes(tensor: TensorProto, data: bytearray | memoryview, offset: int = 0) -> Tensor:
@@ -59,8 +79,9 @@ def read_inline(tensor: TensorProto) -> Tensor:
     """Return a copy of the data: in the tensor's dtype and shape, or as flat bytes for a type torch does not have.
 
     Raises:
-        InputError: the data does not fill the shape.
+        InputError: the data does not fill the shape; see also `check`.
     """
+    check(tensor)
     try:
         array = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(tuple(tensor.dims))
     except ValueError as error:
