@@ -160,6 +160,21 @@ def test_wrong_usage(model: Path, arguments: list[str], capsys: pytest.CaptureFi
     assert "Usage: wnconvert" in err
 
 
+@pytest.mark.parametrize("arguments", [["fold"], ["apply", "model.fake", "--dim", "some"], ["squash"]])
+def test_wrong_usage_in_json(model: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--json"]) == 2
+
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    assert (shown["tool"], shown["exit_code"]) == ("wnconvert", 2)
+    assert shown["error"] in err
+
+
+def test_patterns_that_leave_nothing_to_list(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), "--include", "layer.weight", "--exclude", "layer.*"]) == 4
+    assert capsys.readouterr().err == "wnconvert: model.fake: the patterns leave no weight\n"
+
+
 def test_a_pipe_is_no_model_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo("pipe.fake")
 

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from tests.models import model_file
 from tests.onnx_models import CASES, applied, layer, make_external, model, serialized, tensor, value
 from wnconvert import files
-from wnconvert.errors import InputError, NothingToDo, VerificationError
+from wnconvert.errors import InputError, NothingToDo, UsageError, VerificationError
 from wnconvert.files import onnx as onnx_files
 from wnconvert.files import onnx_inputs, onnx_outputs
 from wnconvert.jobs import Job, convert_file
@@ -207,3 +207,9 @@ def test_the_result_is_linked_only_while_it_is_checked(tmp_path):
     convert_file(path, tmp_path / "wn.onnx", Job("apply"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "weights.bin", "wn.onnx"]
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
+def test_a_module_to_tell_the_kinds_is_refused(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(serialized(layer(CASES[0])))
+    with pytest.raises(UsageError, match="--arch is for checkpoints"):
+        files.read(tmp_path / "m.onnx", files.ReadOptions(arch="timm:resnet18"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -112,6 +113,7 @@ def test_a_dry_run_claims_nothing() -> None:
     [
         (OutputCheck(True, 3e-7, 1e-4), "largest relative difference 3e-07, tolerance 0.0001"),
         (OutputCheck(None, note="needs a custom operator"), "not compared: needs a custom operator"),
+        (OutputCheck(False, math.inf, 1e-4, "a runs, but b does not"), "a runs, but b does not"),
     ],
 )
 def test_outputs(check: OutputCheck, words: str) -> None:

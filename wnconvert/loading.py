@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wnconvert import layers, weightnorm
 from wnconvert.carriers import module_forms as forms
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, UsageError
 from wnconvert.names import Pair, find_pairs, spell
 from wnconvert.walk.modules import kind_of
 
@@ -35,7 +35,7 @@ def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Mod
         checkpoint: a state dict, plain, legacy or parametrized, or a file that holds one, also nested.
 
     Returns:
-        The same module.
+        The same module. What it keeps beside tensors (`get_extra_state`) stays its own.
 
     Raises:
         InputError: the checkpoint does not fit; the message lists the first differences. The module is left unchanged.
@@ -95,6 +95,8 @@ def _tensors(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(document, _HoldsTensors):
             raise InputError(f"{checkpoint}: a file of format {document.format} holds no state dict to load")
         return document.tensors()
+    if not isinstance(checkpoint, Mapping):
+        raise UsageError(f"needs a state dict or the path of a file, not {type(checkpoint).__name__}")
     return _flatten(checkpoint)
 
 
@@ -137,13 +139,13 @@ def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _require_fit(
     module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair], held: Mapping[str, forms.SplitWeight]
 ) -> None:
-    expected = _module_tensors(module)
+    expected, spelled = _module_tensors(module), _pairs(state)
     wanted, given = _plain_names(expected), _plain_names(state)
     problems = [f"{name} is missing" for name in sorted(wanted - given)]
     problems += [f"{name} is not in the module" for name in sorted(given - wanted)]
     for name in sorted(wanted & given):
         ours = expected.get(name, expected.get(spell(name, "legacy")[1], expected.get(spell(name, "parametrized")[1])))
-        theirs = state[pairs[name].v] if name in pairs else state[name]
+        theirs = state[spelled[name].v] if name in spelled else state[name]
         if ours is not None and ours.shape != theirs.shape:
             problems.append(f"{name} has shape {list(theirs.shape)}, the module needs {list(ours.shape)}")
         elif name in held and name in pairs and held[name].g.shape != state[pairs[name].g].shape:
