@@ -1,6 +1,8 @@
 """Split a network, fine-tune it in that form, fold it, export it to ONNX, and get the same outputs there.
 
 python samples/finetune_and_export.py
+
+The export needs onnxscript, which is in the `test` extra.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Split the weights of an ONNX file, run it, and fold it back to the same bytes.
 
-Without an argument it makes a small file:
+Without an argument it exports a small file, which needs onnxscript (in the `test` extra):
 
     python samples/onnx_file.py [MODEL.onnx]
 """

@@ -197,15 +197,15 @@ def test_kill_9_leaves_no_output_and_the_input_whole(verb: str, times: int, tmp_
     output.unlink()
 
     staged = 0
-    for _ in range(times):
+    for turn in range(times):
         process = start(*arguments)
-        if rng.random() < 0.5:
+        if turn % 2:
             time.sleep(rng.uniform(0.3, 1.0) * whole)
         else:
             # As soon as it has begun to write, which is a short part of the time.
             while process.poll() is None and not any(tmp_path.glob(".out*")):
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.1) if turn else 0)
         process.kill()
         process.communicate()
         staged += any(tmp_path.glob(".out*"))

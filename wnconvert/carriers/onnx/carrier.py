@@ -53,6 +53,7 @@ class OnnxCarrier:
         self._pairs = find_pairs(self.index)
         self._by_name = self.index.constants()
         self._pair_of = {pair.v: pair for pair in self._pairs.values()}
+        self._trained = _trained_names(self.model)
 
     def sites(self, dim: Dim) -> list[Site]:
         """List every weight of the layers in the table, in the order of their first use."""
@@ -191,7 +192,7 @@ class OnnxCarrier:
             return "it can be overridden from outside: it is an input of the graph as well as an initializer"
         if value.is_output:
             return "it is an output of the graph"
-        if value.name in _trained_names(self.model):
+        if value.name in self._trained:
             return "training_info updates it"
         return None
 
