@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.checkpoints import assert_same_contents, converted, document, flat, state
 from wnconvert import convert, jobs
 from wnconvert.carriers.state_dict import StateDictCarrier
-from wnconvert.errors import InputError, NothingToDo
+from wnconvert.errors import InputError, NothingToDo, PairError
 from wnconvert.files import ReadOptions, tree
 from wnconvert.files.torch_file import carrier_of
 from wnconvert.sites import Selection
@@ -419,3 +419,11 @@ def test_deep_nesting_is_no_problem() -> None:
     (entry,) = tree.explore(value).entries
 
     assert entry.name.endswith(".in.weight")
+
+
+def test_a_pair_that_cannot_be_multiplied_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight_g": torch.ones(2, 1), "a.weight_v": torch.zeros(2, 3)}, path)
+    with pytest.raises(PairError, match=r"model\.pt: a\.weight: row 0 of v is zero but its g is not$"):
+        jobs.convert_file(path, None, jobs.Job("fold"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from wnconvert import compare, convert, files
-from wnconvert.errors import InputError, NothingToDo, UsageError, VerificationError
+from wnconvert.errors import InputError, NothingToDo, PairError, UsageError, VerificationError
 from wnconvert.files import Document, ReadOptions
 from wnconvert.files.staging import Staging
 from wnconvert.report.model import Report
@@ -80,14 +80,21 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
     document = files.read(path, job.reading)
     try:
         report = _run(document, job, watcher)
+        _describe(report, path, document)
+        if not job.dry_run:
+            report.output = str(target)
+            _write(path, target, document, job, watcher=watcher, report=report)
+        return report
     except NothingToDo as nothing:
         if nothing.report is not None:
             _describe(nothing.report, path, document)
         raise
-    _describe(report, path, document)
-    if job.dry_run:
-        return report
-    report.output = str(target)
+    except PairError as error:
+        # What multiplies pairs knows the tensor, not the file.
+        raise PairError(f"{path}: {error}") from error
+
+
+def _write(path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report) -> None:
     with Staging(target) as staging:
         watcher.stage("writing")
         document.save(staging.folder, target.name)
@@ -96,7 +103,6 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
         if job.check:
             _check(path, staging.folder / target.name, job, report, watcher)
         staging.commit()
-    return report
 
 
 def _run(document: Document, job: Job, watcher: Watcher) -> Report:

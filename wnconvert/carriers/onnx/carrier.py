@@ -87,11 +87,14 @@ class OnnxCarrier:
         """float32 for half types, whose norm the graph computes in float32."""
         return torch.float32 if site.dtype in ("float16", "bfloat16") else None
 
-    def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:  # noqa: ARG002 - see below
+    def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
         """Add the magnitude and the nodes, and let every reader of the weight read their result.
 
-        Pairs in a graph are found by structure, so `scheme` does not matter.
+        Raises:
+            UsageError: a scheme is asked for. Pairs in a graph are found by structure, so there is nothing to spell.
         """
+        if scheme != "legacy":
+            raise UsageError("an ONNX graph names its tensors freely, so --names has no meaning for it")
         value = self._by_name[site.name]
         magnitude = tensors.make(self.index.new_name(names.spell(value.name, "legacy")[0]), g)
         made = emit(self.index, value, magnitude, site.axis, site.groups)
