@@ -84,7 +84,6 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
         if not job.dry_run:
             report.output = str(target)
             _write(path, target, document, job, watcher=watcher, report=report)
-        return report
     except NothingToDo as nothing:
         if nothing.report is not None:
             _describe(nothing.report, path, document)
@@ -92,6 +91,7 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
     except PairError as error:
         # What multiplies pairs knows the tensor, not the file.
         raise PairError(f"{path}: {error}") from error
+    return report
 
 
 def _write(path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report) -> None:
