@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from wnconvert import rows
+from wnconvert import powers, rows
 from wnconvert.errors import NotSplittable, PairError, UsageError
 from wnconvert.sites import Axis, pair_axis
 
@@ -30,15 +30,6 @@ BLOCK = 1 << 19
 """Elements worked on at a time: 4 MB in float64, which stays in the cache and outweighs the calls into torch."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-# Norms whose squares neither under- nor overflow where a runtime computes them. Half types are widened to float32
-# before they are squared (torch, ONNX Runtime), so float16 cannot leave the range.
-_SAFE_NORM = {
-    torch.float64: (2.0**-450, 2.0**450),
-    torch.float32: (2.0**-50, 2.0**60),
-    torch.bfloat16: (2.0**-50, 2.0**60),
-    torch.float16: (0.0, math.inf),
-}
 
 
 class RowCounts(NamedTuple):
@@ -90,7 +81,7 @@ def split(
     _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity")
     g = norms.to(g_dtype or w.dtype)
     _require(g.isfinite(), NotSplittable, f"the norm of row {{}} overflows {str(g.dtype).removeprefix('torch.')}")
-    low, high = _SAFE_NORM[w.dtype]
+    low, high = powers.SAFE_NORM[w.dtype]
     changed = ((norms == 0) | (norms < low) | (norms > high)).nonzero().flatten().tolist() if view.numel() else []
     v = w
     if changed:
@@ -102,7 +93,7 @@ def split(
             if norms[row] == 0:
                 target[index] = _random_direction(view[index], generator)
             else:
-                target[index] = _scaled_direction(view[index], float(norms[row]), row)
+                target[index] = powers.scaled_direction(view[index], float(norms[row]), row)
     return g.reshape(g_shape), v
 
 
@@ -168,7 +159,7 @@ def _require_directions(norm: Tensor, g: Tensor, name: str, first: int = 0) -> N
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
     """Count the zero rows and the rescaled rows of a freshly split weight of this dtype from its `g`."""
-    low, high = _SAFE_NORM[dtype]
+    low, high = powers.SAFE_NORM[dtype]
     size = g.detach().double().abs()
     zero = int((size == 0).sum())
     return RowCounts(zero, int(((size < low) | (size > high)).sum()) - (zero if low > 0 else 0))
@@ -281,7 +272,7 @@ def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
     if columns == 0:
         return torch.zeros(count, dtype=torch.float64, device=part.device)
     # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
-    exponent = _exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
+    exponent = powers.exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
     sums = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
     for i in range(sums.shape[1]):
         start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
@@ -292,10 +283,10 @@ def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
             segment = scratch[: stop - start].view(1, -1)
             rows.copy_range(part, start, stop, segment[0])
         if exponent is not None:
-            segment.copy_(_ldexp(segment, -exponent))
+            segment.copy_(powers.ldexp(segment, -exponent))
         sums[:, i] = _tree(segment.square_())
     norm = _tree(sums).sqrt()
-    return norm if exponent is None else _ldexp(norm, exponent[:, 0])
+    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
 
 
 def _tree(x: Tensor) -> Tensor:
@@ -306,25 +297,6 @@ def _tree(x: Tensor) -> Tensor:
         x[:, : n - half] += x[:, half:n]
         n = half
     return x[:, 0]
-
-
-def _exponents(part: Tensor, kept: int) -> Tensor:
-    """Per row, the power of two that brings its largest element near 1, or 0 where none is needed."""
-    axes = tuple(range(kept, part.dim()))
-    largest = torch.maximum(part.amax(axes), -part.amin(axes)) if axes else part.abs()
-    exponent = torch.frexp(largest).exponent
-    return torch.where((exponent.abs() > 400) & largest.isfinite(), exponent, 0)
-
-
-def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
-    """`x * 2**exponent` in float64, in two steps because 2**1074 is not a float64. Exact unless the result is not."""
-    first, second = _powers(exponent)
-    return x * first * second
-
-
-def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
 
 
 def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
@@ -354,43 +326,14 @@ def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     multiply = g.double()
     divide = torch.where(norm == 0, 1.0, norm)
     fresh = norm.to(g.dtype) == g
-    power = _power_of_two(g, norm, dtype)
-    first, second = _powers(power)
+    power = powers.recognise(g, norm, dtype)
+    first, second = powers.factors(power)
     for exact, factor, divisor in (
         (fresh, torch.ones_like(norm), torch.ones_like(norm)),
         (power != 0, first, 1 / second),
     ):
         multiply, divide = torch.where(exact, factor, multiply), torch.where(exact, divisor, divide)
     return multiply, divide
-
-
-def _power_of_two(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Recognise rows that `split` scaled: `w` is `v * 2**k` exactly. Returns k per row, 0 for all others.
-
-    Such a row has a `g` outside the safe range, `||v||` in [1, 2], and `g` is the rounded value of `||v|| * 2**k`. The
-    largest such k is the right one: where `g` is subnormal a smaller one may round to the same `g`, but stands for a
-    row whose norm is below its own largest element.
-    """
-    low, high = _SAFE_NORM[dtype]
-    size = g.double().abs()
-    candidate = (g > 0) & ((size < low) | (size > high)) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
-    power = torch.zeros_like(norm)
-    if not bool(candidate.any()):
-        return power
-    nearest = (torch.frexp(size).exponent - torch.frexp(norm).exponent).double()
-    for offset in (-1, 0, 1):
-        k = nearest + offset
-        power = torch.where(candidate & (_ldexp(norm, k).to(g.dtype) == g), k, power)
-    return power
-
-
-def _scaled_direction(w: Tensor, norm: float, row: int) -> Tensor:
-    """`w` scaled by the power of two that brings its norm into [1, 2)."""
-    exponent = torch.tensor(math.frexp(norm)[1] - 1)
-    v = _ldexp(w.double(), -exponent).to(w.dtype)
-    if not torch.equal(_ldexp(v.double(), exponent).to(w.dtype), w):
-        raise NotSplittable(f"row {row} spans more than the exponent range of its dtype, so no v has a finite norm")
-    return v
 
 
 def _random_direction(w: Tensor, generator: torch.Generator) -> Tensor:

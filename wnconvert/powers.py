@@ -1,0 +1,68 @@
+"""Exact scaling by powers of two, for rows at the edges of the number formats."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wnconvert.errors import NotSplittable
+
+# Norms whose squares neither under- nor overflow where a runtime computes them. Half types are widened to float32
+# before they are squared (torch, ONNX Runtime), so float16 cannot leave the range.
+SAFE_NORM = {
+    torch.float64: (2.0**-450, 2.0**450),
+    torch.float32: (2.0**-50, 2.0**60),
+    torch.bfloat16: (2.0**-50, 2.0**60),
+    torch.float16: (0.0, math.inf),
+}
+
+
+def exponents(part: Tensor, kept: int) -> Tensor:
+    """Per row, the power of two that brings its largest element near 1, or 0 where none is needed."""
+    axes = tuple(range(kept, part.dim()))
+    largest = torch.maximum(part.amax(axes), -part.amin(axes)) if axes else part.abs()
+    exponent = torch.frexp(largest).exponent
+    return torch.where((exponent.abs() > 400) & largest.isfinite(), exponent, 0)
+
+
+def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    """`x * 2**exponent` in float64, in two steps because 2**1074 is not a float64. Exact unless the result is not."""
+    first, second = factors(exponent)
+    return x * first * second
+
+
+def factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float64 powers of two whose product is `2**exponent`."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
+
+
+def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Recognise rows that `split` scaled: `w` is `v * 2**k` exactly. Returns k per row, 0 for all others.
+
+    Such a row has a `g` outside the safe range, `||v||` in [1, 2], and `g` is the rounded value of `||v|| * 2**k`. The
+    largest such k is the right one: where `g` is subnormal a smaller one may round to the same `g`, but stands for a
+    row whose norm is below its own largest element.
+    """
+    low, high = SAFE_NORM[dtype]
+    size = g.double().abs()
+    candidate = (g > 0) & ((size < low) | (size > high)) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
+    power = torch.zeros_like(norm)
+    if not bool(candidate.any()):
+        return power
+    nearest = (torch.frexp(size).exponent - torch.frexp(norm).exponent).double()
+    for offset in (-1, 0, 1):
+        k = nearest + offset
+        power = torch.where(candidate & (ldexp(norm, k).to(g.dtype) == g), k, power)
+    return power
+
+
+def scaled_direction(w: Tensor, norm: float, row: int) -> Tensor:
+    """`w` scaled by the power of two that brings its norm into [1, 2)."""
+    exponent = torch.tensor(math.frexp(norm)[1] - 1)
+    v = ldexp(w.double(), -exponent).to(w.dtype)
+    if not torch.equal(ldexp(v.double(), exponent).to(w.dtype), w):
+        raise NotSplittable(f"row {row} spans more than the exponent range of its dtype, so no v has a finite norm")
+    return v
