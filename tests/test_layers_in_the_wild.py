@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import wnconvert
 from tests import reference
-from tests.networks import Tied
+from tests.networks import Functional, Tied
 from tests.test_traps import legacy
 from wnconvert.errors import InputError, PairError, UsageError
 from wnconvert.walk import fx
@@ -175,6 +175,20 @@ def test_a_class_that_reduces_itself_to_a_call_keeps_its_pair() -> None:
         wnconvert.fold(twin)
         assert type(twin[0]) is ByCall
     assert hasattr(module[0], "weight_g")
+
+
+def test_the_layers_of_a_traced_graph_are_split_and_its_own_weights_left_alone() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+    x = torch.randn(2, 4)
+    expected = graph(x)
+    wnconvert.apply(graph)
+    for twin in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert reference.same_bits(twin(x), expected)
+    functional = torch.fx.symbolic_trace(Functional())
+    rows = wnconvert.apply(functional).report.rows
+    assert {row.action for row in rows} == {"skipped"}
+    assert "split the module that was traced" in str(rows[0].reason)
+    copy.deepcopy(functional)
 
 
 def test_our_class_over_a_parametrized_one() -> None:

@@ -13,7 +13,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from wnconvert import handed_out, weightnorm
@@ -122,6 +122,9 @@ def obstacle(module: nn.Module, name: str) -> str | None:
     """Why a plain weight of this very module cannot be split in place, or None."""
     if wrapper(module):
         return f"its layer has become a {type(module).__name__} since it was split; undo that first"
+    if isinstance(module, fx.GraphModule):
+        # It copies and pickles what its graph names, and that would be the weight.
+        return "the graph of a GraphModule holds it, not a layer; split the module that was traced"
     taken = next((key for key in spell(name, "legacy") if hasattr(module, key)), None)
     return None if taken is None else f"its layer has a {taken} of its own"
 
