@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wnconvert import files
+from wnconvert import bits, files
 from wnconvert.carriers import Carrier
 from wnconvert.errors import NothingToDo
 from wnconvert.files import ReadOptions
 from wnconvert.report.verdict import Comparison, Difference, Verdict
 from wnconvert.watch import SILENT, Watcher
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compare_files(a: Path, b: Path, reading: ReadOptions = ReadOptions(), watcher: Watcher = SILENT) -> Verdict:
@@ -120,11 +118,11 @@ def _as_bits(t: Tensor) -> Tensor:
     t = t.detach().cpu().contiguous()
     if t.is_complex():
         t = torch.view_as_real(t).contiguous()
-    return t if t.dtype == torch.bool else t.view(_BITS[t.element_size()])
+    return t if t.dtype == torch.bool else bits.as_integers(t)
 
 
 def _ordered(t: Tensor) -> Tensor:
     """Integers in the order of the floats: -0.0 and 0.0 both become 0."""
-    bits = _as_bits(t)
-    low = torch.iinfo(bits.dtype).min
-    return torch.where(bits < 0, low - bits.long(), bits.long())
+    integers = _as_bits(t)
+    low = torch.iinfo(integers.dtype).min
+    return torch.where(integers < 0, low - integers.long(), integers.long())

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wnconvert import kinds
+from wnconvert import bits, eager, kinds
 
 _KEY = "_weight_norm_handed_out"
 """In the `__dict__` of the module, so that it goes with the module; `settle` empties it before pickling."""
-
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 _LAYERS = ("torch.nn.modules.", *{kind.path.rpartition(".")[0] for kind in kinds.MODULES} - {"torch.nn"})
 """Python modules that only read their weights, many times a second, but where they initialise them."""
@@ -36,7 +34,7 @@ def remember(module: nn.Module, name: str, weight: Tensor, reader: FrameType) ->
     if home.startswith(_LAYERS) and "reset_parameters" not in reader.f_code.co_name:
         return
     # Tracers, transforms and distributed tensors hand out stand-ins.
-    if type(weight) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and _is_eager():
+    if type(weight) is Tensor and eager.is_plain():
         vars(module).setdefault(_KEY, {})[name] = _Read(weight, _checksum(weight))
 
 
@@ -64,10 +62,6 @@ def forget(module: nn.Module, name: str | None = None) -> None:
 
 def _checksum(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the bits along rows and along columns: no write that a person would think of leaves both as they were."""
-    bits = weight.detach().view(_INTEGERS[weight.element_size()])
-    rest = tuple(range(1, bits.dim()))
-    return bits.sum(0, dtype=torch.int64), bits.sum(rest, dtype=torch.int64) if rest else bits.long()
-
-
-def _is_eager() -> bool:
-    return torch._C._get_tracing_state() is None
+    integers = bits.as_integers(weight.detach())
+    rest = tuple(range(1, integers.dim()))
+    return integers.sum(0, dtype=torch.int64), integers.sum(rest, dtype=torch.int64) if rest else integers.long()

@@ -32,6 +32,13 @@ class Spec(NamedTuple):
     order: tuple[str, ...] = ()
     """Names of the module's parameters before any was split."""
 
+    @classmethod
+    def of(cls, kind: str, axis: Axis, groups: int, rank: int) -> Spec:
+        """For a weight of this rank, of which `axis` is kept when it is seen in groups."""
+        rank += groups > 1
+        kept = kept_axes(axis, rank)
+        return cls(kind, axis, groups, None if axis is None else tuple(i for i in range(rank) if i not in kept))
+
 
 _NEW_OBJECT: Any = vars(copyreg)["__newobj__"]
 """What most classes reduce themselves to: a bare object, and its state."""
@@ -185,16 +192,14 @@ def settle(module: nn.Module) -> None:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
+# While torch.compile traces, settling happens at once and is no part of the graph. This is what
+# torch.compiler.assume_constant_result sets; calling that would import the compiler.
+settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_stand_in(parameter: Tensor | None) -> bool:
     """Whether a tracer or functional_call has put something else in the place of a parameter for the time being."""
     return parameter is not None and (isinstance(parameter, FakeTensor) or not isinstance(parameter, nn.Parameter))
-
-
-def reduced_axes(axis: Axis, rank: int, groups: int) -> tuple[int, ...] | None:
-    """The axes to sum over, on the weight seen in groups; None for all of a plain weight."""
-    rank += groups > 1
-    kept = kept_axes(axis, rank)
-    return None if axis is None else tuple(i for i in range(rank) if i not in kept)
 
 
 _SUBCLASSES: weakref.WeakKeyDictionary[type[nn.Module], dict[tuple[str, ...], type[nn.Module]]]
@@ -239,24 +244,13 @@ def _rebuild_by_call(base: type[nn.Module], names: tuple[str, ...], *arguments: 
 
 def _weight_property(name: str) -> property:
     def weight(self: nn.Module) -> Tensor:
-        if torch.compiler.is_compiling():
-            _settle_in_trace(self)
-            return _compute(self, name)
         settle(self)
         found = _compute(self, name)
-        handed_out.remember(self, name, found, reader=sys._getframe(1))
+        if not torch.compiler.is_compiling():
+            handed_out.remember(self, name, found, reader=sys._getframe(1))
         return found
 
     return property(weight, doc=f"g * v / ||v|| of {name}_g and {name}_v, computed on each read.")
-
-
-def _settle_in_trace(module: nn.Module) -> None:
-    """Settle while torch.compile traces: at once, and not as a part of the graph."""
-    settle(module)
-
-
-# What torch.compiler.assume_constant_result sets, which would import the compiler for it.
-_settle_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compute(module: nn.Module, name: str) -> Tensor:

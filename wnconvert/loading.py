@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -40,7 +40,7 @@ def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Mod
     Raises:
         InputError: the checkpoint does not fit; the message lists the first differences. The module is left unchanged.
     """
-    held = dict(_held(module))
+    held = forms.all_split_weights(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     state = _with_twins(
         [*_groups(parameters), *_groups({name: pair.v for name, pair in held.items()})],
@@ -156,12 +156,6 @@ def _require_fit(
         raise InputError(f"the checkpoint does not fit the module: {'; '.join(problems[:4])}{more}")
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, forms.SplitWeight]]:
-    for path, child in module.named_modules(remove_duplicate=False):
-        for name, pair in forms.split_weights(child).items():
-            yield f"{path}.{name}".lstrip("."), pair
-
-
 def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor, magnitudes: dict[int, nn.Parameter]) -> None:
     """Split one weight. Tied weights share the magnitude that was made first, by the identity of the weight."""
     path, _, leaf = name.rpartition(".")
@@ -171,7 +165,7 @@ def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor, magnitudes: dict
     weight = owner.get_parameter(leaf)
     groups, axis = weightnorm.pair_axis(g.shape, v.shape, name)
     kind = kind_of(owner)
-    spec = layers.Spec(kind.name if kind else "Unknown", axis, groups, layers.reduced_axes(axis, v.dim(), groups))
+    spec = layers.Spec.of(kind.name if kind else "Unknown", axis, groups, v.dim())
     new_g = nn.Parameter(torch.empty(g.shape, dtype=weight.dtype, device=weight.device), weight.requires_grad)
     layers.attach(owner, leaf, spec, magnitudes.setdefault(id(weight), new_g), weight)
 
@@ -179,7 +173,7 @@ def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor, magnitudes: dict
 def _spelled_for(module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     """The state dict as the module's own split weights spell and split it."""
     spelled = dict(state)
-    for name, held in _held(module):
+    for name, held in forms.all_split_weights(module).items():
         pair = pairs.get(name)
         if pair is None:
             if held.form != "wnconvert":

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from wnconvert import powers, rows
+from wnconvert import eager, powers, rows
 from wnconvert.errors import NotSplittable, PairError, UsageError
 from wnconvert.sites import Axis, pair_axis
 
@@ -178,7 +177,7 @@ def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tens
         like: a tensor to read dtype and device from where `v` is a tracer's stand-in.
     """
     like = v if like is None else like
-    if like is v and not torch.compiler.is_compiling() and _plain_eager():
+    if like is v and eager.is_plain():
         return cast("Tensor", _Compose.apply(g, v, reduced))  # type: ignore[no-untyped-call]
     return _composed(v, _ratio(g, v, reduced, like)[1], like.dtype)
 
@@ -214,7 +213,7 @@ def _ratio(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, like: Tensor) 
         norm = v.abs().to(wide)
     else:
         norm = torch.linalg.vector_norm(v, dim=reduced, keepdim=reduced is not None, dtype=wide)
-    if like.dtype == torch.float64 and like is v and not torch.compiler.is_compiling() and _plain_eager():
+    if like.dtype == torch.float64 and like is v and eager.is_plain():
         # float64 has no wider type to hide the order of the additions in, so take the one norm that never changes.
         norm = norm + (_norm_like(norm, v, reduced) - norm).detach()
     ratio = g / norm
@@ -232,15 +231,6 @@ def _composed(v: Tensor, ratio: Tensor, dtype: torch.dtype) -> Tensor:
 def _has_exact_norm(v: Tensor) -> bool:
     # MPS has no float64; half types are summed in float32, 2^13 times finer than they are.
     return v.dtype in (torch.float32, torch.float64) and v.device.type != "mps"
-
-
-def _plain_eager() -> bool:
-    """No tracer, transform of torch.func or forward-mode derivative is looking on: they want the formula itself."""
-    return (
-        torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:
@@ -319,21 +309,15 @@ def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, sc
 def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Per row, what to multiply `v` by and then divide it by: `(g, ||v||)`, or a pair that gives `w` exactly.
 
-    - Where `g` is the rounded norm, nothing has trained: `(1, 1)`.
-    - Where `v` is zero, `g` is zero too, and so is the weight: `(g, 1)`.
+    - Where `g` is the rounded norm, nothing has trained: `(1, 1)`. That includes rows of zeros.
     - Where `split` scaled `v` by a power of two: that power, taken back.
     """
-    multiply = g.double()
-    divide = torch.where(norm == 0, 1.0, norm)
     fresh = norm.to(g.dtype) == g
     power = powers.recognise(g, norm, dtype)
     first, second = powers.factors(power)
-    for exact, factor, divisor in (
-        (fresh, torch.ones_like(norm), torch.ones_like(norm)),
-        (power != 0, first, 1 / second),
-    ):
-        multiply, divide = torch.where(exact, factor, multiply), torch.where(exact, divisor, divide)
-    return multiply, divide
+    multiply = torch.where(power != 0, first, g.double())
+    divide = torch.where(power != 0, 1 / second, norm)
+    return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)
 
 
 def _random_direction(w: Tensor, generator: torch.Generator) -> Tensor:

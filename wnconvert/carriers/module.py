@@ -52,7 +52,7 @@ class ModuleCarrier:
             self.walker_note = f"torch.fx cannot trace it ({error})"
 
     def sites(self, dim: Dim) -> list[Site]:
-        split = self._split()
+        split = forms.all_split_weights(self.module)
         uses: dict[str, list[Use]] = {}
         for use in modules.find_uses(self.module, split):
             uses.setdefault(use.root, []).append(self._mark_unreached(use))
@@ -90,8 +90,7 @@ class ModuleCarrier:
             )
         trains = self.module.get_parameter(site.name).requires_grad
         pair = nn.Parameter(g, trains), nn.Parameter(v, trains)
-        reduced = layers.reduced_axes(site.axis, len(site.shape), site.groups)
-        spec = layers.Spec(site.kind, site.axis, site.groups, reduced)
+        spec = layers.Spec.of(site.kind, site.axis, site.groups, len(site.shape))
         for owner in self._owners(site):
             layers.attach(owner.module, owner.name, spec, *pair)
 
@@ -108,11 +107,11 @@ class ModuleCarrier:
 
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
         tensors: dict[str, Callable[[], Tensor]] = {}
-        split = self._split()
-        hidden = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        split = forms.all_split_weights(self.module)
+        halves = _spelled(split)
         named = (*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers())
         for name, tensor in named:
-            if id(tensor) not in hidden:
+            if name not in halves:
                 tensors[name] = tensor.detach
         for name, pair in split.items():
             tensors[name] = _Fold(name, pair)
@@ -129,13 +128,6 @@ class ModuleCarrier:
         for site in selection.apply(sites) if sites else ():
             if site.skip is None:
                 weightnorm.require_pair(*self.read_pair(site), name=site.name)
-
-    def _split(self) -> dict[str, SplitWeight]:
-        found = {}
-        for path, module in self.module.named_modules(remove_duplicate=False):
-            for name, pair in forms.split_weights(module).items():
-                found[f"{path}.{name}".lstrip(".")] = pair
-        return found
 
     def _split_site(self, names: list[str], pair: SplitWeight, uses: list[Use]) -> Site:
         name, owner = names[0], self._owner(names[0])
@@ -193,7 +185,7 @@ class ModuleCarrier:
 
     def _unexplained(self, split: Mapping[str, SplitWeight]) -> list[str]:
         """Parameters that could be weights of something that neither a trace nor the table of kinds shows."""
-        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        halves = _spelled(split)
         found = []
         for name, parameter in self.module.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -201,7 +193,7 @@ class ModuleCarrier:
                 self.module.get_submodule(path)
             )
             held = spectral or ".parametrizations." in f".{name}"
-            if parameter.dim() > 1 and id(parameter) not in halves and not held:
+            if parameter.dim() > 1 and name not in halves and not held:
                 found.append(name)
         return found
 
@@ -210,11 +202,11 @@ class ModuleCarrier:
 
         Names of a tensor that is split come before names under which it is still plain.
         """
-        halves = {id(half) for pair in split.values() for half in (pair.g, pair.v)}
+        halves = _spelled(split)
         everything: dict[str, Tensor] = {
             name: parameter
             for name, parameter in self.module.named_parameters(remove_duplicate=False)
-            if id(parameter) not in halves or name not in _spelled(split)
+            if name not in halves
         }
         everything |= {name: pair.v for name, pair in split.items()}
         groups: dict[object, list[str]] = {}

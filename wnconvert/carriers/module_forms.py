@@ -56,6 +56,15 @@ def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
     return found
 
 
+def all_split_weights(root: nn.Module) -> dict[str, SplitWeight]:
+    """Every split weight of a network by its full name; a module under two names counts under both."""
+    return {
+        f"{path}.{name}".lstrip("."): pair
+        for path, module in root.named_modules(remove_duplicate=False)
+        for name, pair in split_weights(module).items()
+    }
+
+
 def other_parametrizations(module: nn.Module) -> dict[str, str]:
     """Weights held by something that is not weight norm, with the reason to leave them alone."""
     found = {}

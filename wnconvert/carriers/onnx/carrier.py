@@ -11,7 +11,7 @@ import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
-from wnconvert import names, weightnorm
+from wnconvert import bits, names, weightnorm
 from wnconvert.carriers.onnx import external, tensors
 from wnconvert.carriers.onnx.edit import Editor
 from wnconvert.carriers.onnx.graphs import IR_WITH_INITIALIZERS, Constant, GraphIndex, Scope, all_tensors
@@ -112,7 +112,7 @@ class OnnxCarrier:
         """Take the nodes and the magnitude out again, and let every reader read the tensor itself."""
         pair = self._pair_of[self._by_name[site.name]]
         folded = weight()
-        if not tensors.same_bits(folded, self._read(pair.v)) and not self._restore(pair, folded):
+        if not bits.same(folded, self._read(pair.v)) and not self._restore(pair, folded):
             self._write(pair.v.tensor, weight)
         for consumer in pair.result.consumers:
             consumer.node.input[consumer.position] = pair.v.name
@@ -231,7 +231,7 @@ class OnnxCarrier:
         if original is None:
             return False
         try:
-            same = tensors.same_bits(weight, external.read(original, self.folder))
+            same = bits.same(weight, external.read(original, self.folder))
         except InputError:
             return False
         if same:

@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
+from wnconvert import bits
 from wnconvert.errors import InputError
 
 FLOATS: dict[int, torch.dtype] = {
@@ -31,7 +32,6 @@ _TORCH: dict[int, torch.dtype] = FLOATS | {
 
 _SPELLED: dict[str, str] = {"float": "float32", "double": "float64"}
 _TYPED: dict[int, str] = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data"}
-_BITS: dict[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(tensor: TensorProto) -> str:
@@ -97,12 +97,11 @@ def write_inline(tensor: TensorProto, data: Tensor) -> None:
     if tensor.HasField("raw_data"):
         tensor.raw_data = to_bytes(data)
         return
-    kind = _BITS[data.element_size()]
-    bits, present = data.view(kind).flatten(), read_inline(tensor).view(kind).flatten()
+    wanted, present = (bits.as_integers(t).flatten() for t in (data, read_inline(tensor)))
     values, field = data.flatten(), getattr(tensor, _TYPED.get(tensor.data_type, "int32_data"))
-    for i in (bits != present).nonzero().flatten().tolist():
+    for i in (wanted != present).nonzero().flatten().tolist():
         # The type of a half is stored in an integer field, as its bits without a sign.
-        field[i] = values[i].item() if tensor.data_type in _TYPED else int(bits[i]) & 0xFFFF
+        field[i] = values[i].item() if tensor.data_type in _TYPED else int(wanted[i]) & 0xFFFF
 
 
 def to_bytes(data: Tensor) -> bytes:
@@ -113,9 +112,3 @@ def to_bytes(data: Tensor) -> bytes:
 def make(name: str, data: Tensor) -> TensorProto:
     """A new tensor with raw data. `data` is float32, float64 or int64."""
     return numpy_helper.from_array(data.contiguous().numpy(), name)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two float tensors of one shape and dtype are equal, -0.0 and 0.0 told apart."""
-    kind = _BITS[a.element_size()]
-    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
