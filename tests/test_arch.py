@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import wnconvert
 from tests.checkpoints import document
 from tests.models import model_file
 from wnconvert import convert, jobs
@@ -19,6 +20,8 @@ from wnconvert.errors import InputError, UsageError
 from wnconvert.files import ReadOptions
 from wnconvert.inspection import inspect_file
 from wnconvert.report.model import Report
+from wnconvert.sites import Site
+from wnconvert.walk import build
 
 NETWORK = """
 import torch
@@ -53,6 +56,66 @@ def broken():
 
 def number():
     return 3
+
+class Sized(nn.Module):
+    def __init__(self, width, depth=1):
+        super().__init__()
+        print("noise")
+        self.layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+class Odd(Exception):
+    pass
+
+def odd():
+    raise Odd("first\\nsecond")
+
+def leaves():
+    raise SystemExit(2)
+
+def a_class():
+    return Net
+
+def scripted():
+    return torch.jit.script(nn.Linear(2, 2))
+
+def lazy():
+    return nn.LazyLinear(3)
+
+class Stepped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+        shared = nn.Parameter(torch.rand(4, 4))
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.a.weight = shared
+        self.b.weight = shared
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4, bias=False)
+        if not self.a.weight.isfinite().all():
+            raise ValueError
+
+    def forward(self, x):
+        return self.a(x)
+
+def spectral():
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.a(x) @ self.a.weight
 
 class Space:
     make = Net
@@ -160,10 +223,20 @@ def test_a_checkpoint_that_does_not_fit(
     [
         ("nonsense", "must be package.module:callable, timm:NAME or transformers"),
         ("no_such_module:Net", "no module named no_such_module"),
-        ("some_network:Missing", "AttributeError"),
+        ("some_network:Missing", "some_network has no Missing$"),
+        ("some_network:Spce", "some_network has no Spce; the closest is Space$"),
         ("some_network:broken", "cannot be built: ValueError: no width given$"),
         ("some_network:number", "gives a int, not an nn.Module"),
-        ("some_network:NAME.x", "AttributeError"),
+        ("some_network:Space.x", "some_network.Space has no x$"),
+        ("some_network:Sized", r"Sized\(width, depth=1\) does not take these arguments \(missing a required argument"),
+        ("some_network:Sized?size=3", r"Sized\(width, depth=1\) does not take these arguments"),
+        ("some_network:Sized?width", "'width' is not NAME=VALUE"),
+        ("some_network:Sized?width=x", "cannot be built: TypeError"),
+        ("some_network:odd", "cannot be built: Odd: first$"),
+        ("some_network:leaves", "cannot be built: SystemExit: 2$"),
+        ("some_network:a_class", "gives the class Net, not an nn.Module$"),
+        ("some_network:scripted", "gives a TorchScript module"),
+        ("transformers?x=1", "reads config.json and takes nothing else"),
         ("transformers", "no config.json in"),
         (":Net", "must be package.module:callable"),
     ],
@@ -207,7 +280,8 @@ def test_transformers_by_config_beside_the_file(tmp_path: Path) -> None:
     guessed = inspect_file(tmp_path / "pytorch_model.bin")
 
     kinds = {name: value for name, value in _listed(guessed).items() if value[0] != "Norm"}
-    assert _listed(exact) == kinds
+    # The keys cannot tell that the table is the head too.
+    assert _listed(exact) == kinds | {"wte.weight": ("Linear", 0, 1)}
     assert {value[0] for value in kinds.values()} == {"Conv1D", "Embedding"}
 
 
@@ -220,3 +294,218 @@ def test_minilm_by_keys_and_by_architecture() -> None:
 
     assert guessed.walker == "keys"
     assert _listed(exact) == {name: value for name, value in _listed(guessed).items() if value[0] != "Norm"}
+
+
+def _described(sites: list[Site]) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (site.kind, site.shape, site.axis, site.groups, site.uses, site.skip)
+        for site in sites
+        for name in (site.name, *site.tied)
+    }
+
+
+def _require_sites_of(module: nn.Module, path: Path, spec: str) -> None:
+    """What `--arch` finds in a file is what is found in the module itself, under every name that is stored."""
+    for dim in ("torch", "out"):
+        found = _described(document(path, arch=spec).carrier.sites(dim))
+        live = _described(wnconvert.find(module, dim=dim))
+        assert found == {name: live[name] for name in found}
+        tied = [{site.name, *site.tied} for site in wnconvert.find(module)]
+        assert all(not names.isdisjoint(found) for names in tied)
+
+
+@pytest.mark.parametrize("maker", ["Net", "Tied", "Stepped", "Both", "Sized?width=3&depth=2"])
+def test_sites_are_those_of_the_module(maker: str, network: Any, tmp_path: Path) -> None:
+    module = network.Sized(3, 2) if maker.startswith("Sized") else getattr(network, maker)()
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+
+    _require_sites_of(module, tmp_path / "net.pt", f"some_network:{maker}")
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "whisper", "clip", "wav2vec2"])
+def test_transformers_sites_are_those_of_the_module(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    small |= {"vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    conv = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2}
+    conv |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    whisper = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    whisper |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "decoder_start_token_id": 1}
+    model, config = {
+        "bert": ("BertForMaskedLM", small),
+        "gpt2": ("GPT2LMHeadModel", {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 30}),
+        "llama": ("LlamaForCausalLM", small),
+        "whisper": ("WhisperForConditionalGeneration", whisper | {"vocab_size": 30, "pad_token_id": 0}),
+        "clip": ("CLIPModel", {"text_config": small, "vision_config": {**small, "image_size": 8, "patch_size": 4}}),
+        "wav2vec2": (
+            "Wav2Vec2Model",
+            small | conv | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+        ),
+    }[name]
+    cls = getattr(transformers, model)
+    module = cls(cls.config_class(**config))
+    # Shards, so that the folder is what is read.
+    module.to(torch.bfloat16).save_pretrained(tmp_path / "hub", max_shard_size="4KB")
+
+    _require_sites_of(module, tmp_path / "hub", "transformers")
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+def test_checkpoints_that_transformers_renames(tmp_path: Path) -> None:
+    """Experts are stored one by one and merged when they are loaded; the rest is the network's."""
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.MixtralConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        num_local_experts=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+
+    listed = _listed(inspect_file(tmp_path / "model.safetensors", ReadOptions(arch="transformers")))
+
+    assert listed["model.layers.0.block_sparse_moe.experts.1.w2.weight"] == ("Linear", 0, 1)
+    assert listed["model.layers.0.self_attn.q_proj.weight"] == ("Linear", 0, 1)
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "has no model_type"),
+        ({"architecture": "resnet18", "num_classes": 5}, r"--arch 'timm:resnet18\?num_classes=5'"),
+        ({"model_type": "no_such"}, "no_such"),
+        ({"model_type": "no_such", "auto_map": {"AutoConfig": "a.B"}}, "comes with the checkpoint and is not run"),
+        ({"model_type": "bert", "architectures": ["BertForNothing"]}, "has no model 'BertForNothing'; set its"),
+        ({"model_type": "bert", "architectures": ["AutoModel"]}, "has no model 'AutoModel'"),
+        ({"model_type": "bert", "architectures": ["Mine"], "auto_map": {"AutoModel": "a.B"}}, "is not run"),
+    ],
+)
+def test_a_config_that_names_no_model(config: Any, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    torch.save({"weight": torch.rand(3, 4)}, tmp_path / "net.pt")
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+
+    with pytest.raises(UsageError, match=said):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch="transformers"))
+
+
+def test_a_constructor_that_computes_with_values(network: Any, tmp_path: Path) -> None:
+    for maker in ("Stepped", "Looks"):
+        torch.save(getattr(network, maker)().state_dict(), tmp_path / "net.pt")
+        before = torch.random.get_rng_state()
+
+        (row,) = inspect_file(tmp_path / "net.pt", ReadOptions(arch=f"some_network:{maker}")).rows
+
+        assert (row.site.name, row.site.kind) == ("a.weight", "Linear")
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_parameters_take_no_memory_where_the_meta_device_fails(network: Any, tmp_path: Path) -> None:
+    torch.save(network.Stepped().state_dict(), tmp_path / "net.pt")
+    made = build.without_data("some_network:Stepped", build.builder_for("some_network:Stepped", tmp_path / "net.pt"))
+
+    assert all(parameter.is_meta for parameter in made.parameters())
+    assert made.get_parameter("a.weight") is made.get_parameter("b.weight")
+
+
+def test_what_a_constructor_prints_is_no_part_of_the_report(
+    network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(network.Sized(3).state_dict(), tmp_path / "net.pt")
+    capsys.readouterr()
+    inspect_file(tmp_path / "net.pt", ReadOptions(arch="some_network:Sized?width=3"))
+
+    assert capsys.readouterr() == ("", "noise\n")
+
+
+def test_a_lazy_network(tmp_path: Path) -> None:
+    torch.save({"weight": torch.rand(3, 4)}, tmp_path / "net.pt")
+
+    with pytest.raises(InputError, match=r"--arch some_network:lazy: .*a lazy layer has no shape"):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch="some_network:lazy"))
+
+
+def test_spectral_norm_is_listed_and_left_alone(network: Any, tmp_path: Path) -> None:
+    torch.save(network.spectral().state_dict(), tmp_path / "net.pt")
+
+    report = inspect_file(tmp_path / "net.pt", ReadOptions(arch="some_network:spectral"))
+
+    actions = {row.site.name: row.action for row in report.rows}
+    assert actions["0.weight_orig"] == "skipped"
+    assert actions["1.weight"] == "listed"
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+def test_timm_of_another_size(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("resnet10t", num_classes=5, in_chans=1).state_dict(), tmp_path / "net.pt")
+    options = "num_classes=5&in_chans=1"
+
+    with pytest.raises(InputError, match=r"conv1.0.weight has shape .*; try --arch 'timm:resnet10t\?" + options):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch="timm:resnet10t"))
+
+    report = inspect_file(tmp_path / "net.pt", ReadOptions(arch=f"timm:resnet10t?{options}"))
+    assert report.rows[-1].site.shape == (5, 512)
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnt18", "has no resnt18; the closest are resnet18"),
+        ("hf-hub:timm/resnet18", "nothing is downloaded"),
+        ("resnet18?depth=3", "cannot be built: TypeError"),
+    ],
+)
+def test_timm_requests_that_cannot_be_met(name: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    torch.save({"weight": torch.rand(3, 4)}, tmp_path / "net.pt")
+
+    with pytest.raises(UsageError, match=said):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch=f"timm:{name}"))
+
+
+def test_a_library_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"weight": torch.rand(3, 4)}, tmp_path / "net.pt")
+    for key in [key for key in sys.modules if key.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, key)
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    with pytest.raises(UsageError, match=r"timm cannot be imported here, .*: operator torchvision::nms does not exist"):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch="timm:resnet18"))
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="needs the package timm, which is not installed"):
+        inspect_file(tmp_path / "net.pt", ReadOptions(arch="timm:resnet18"))
+
+
+@pytest.mark.usefixtures("torchvision_without_kernels")
+def test_transformers_checkpoints_with_more_or_other_tensors(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12
+    )
+    model = transformers.BertForMaskedLM(config)
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["BertForMaskedLM"]}))
+    # As the first checkpoints have it: old names of layer norms, and a pooler and a head that this class leaves out.
+    state = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in model.state_dict().items()
+        if "decoder" not in key
+    }
+    torch.save(state | {"bert.pooler.dense.weight": torch.rand(8, 8)}, tmp_path / "old.pt")
+    # Of another network, of which a single layer norm would fit.
+    other = {f"h.{i}.weight": torch.rand(4, 4) for i in range(3)} | {"LayerNorm.weight": torch.rand(8)}
+    torch.save(other, tmp_path / "other.pt")
+
+    report = inspect_file(tmp_path / "old.pt", ReadOptions(arch="transformers"))
+
+    assert _listed(report)["bert.embeddings.word_embeddings.weight"] == ("Linear", 0, 1)
+    assert "not part of transformers, so inferred from the keys: bert" in str(report.walker_note)
+    with pytest.raises(InputError, match="the checkpoint does not fit"):
+        inspect_file(tmp_path / "other.pt", ReadOptions(arch="transformers"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.checkpoints import FORMATS, Format, document, state
 from wnconvert import convert, files, jobs
@@ -105,20 +104,6 @@ def test_torch_files_without_a_network(value: Any, said: str, tmp_path: Path) ->
 
     with pytest.raises(InputError, match=said):
         document(tmp_path / "in.pt")
-
-
-def test_torchscript_says_what_it_is(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 3), torch.rand(1, 2)), tmp_path / "in.pt")
-
-    with pytest.raises(InputError, match="is a TorchScript archive, which this version cannot convert"):
-        document(tmp_path / "in.pt")
-
-
-def test_exported_program_says_what_it_is(tmp_path: Path) -> None:
-    torch.export.save(torch.export.export(nn.Linear(2, 3), (torch.rand(1, 2),)), tmp_path / "in.pt2")
-
-    with pytest.raises(InputError, match=r"is an exported program \(\.pt2\)"):
-        document(tmp_path / "in.pt2")
 
 
 def test_folders_say_what_they_are(tmp_path: Path) -> None:

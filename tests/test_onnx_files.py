@@ -14,7 +14,7 @@ from tests.onnx_models import CASES, applied, layer, make_external, model, seria
 from wnconvert import files
 from wnconvert.errors import InputError, NothingToDo, UsageError, VerificationError
 from wnconvert.files import onnx as onnx_files
-from wnconvert.files import onnx_inputs, onnx_outputs
+from wnconvert.files import onnx_inputs, onnx_outputs, outputs
 from wnconvert.jobs import Job, convert_file
 
 RAPID = "rapidocr_onnxruntime/models"
@@ -107,7 +107,7 @@ def test_a_crash_of_the_runtime_is_a_note(tmp_path, monkeypatch):
 
 def test_judging_outputs():
     def judge(x, y):
-        check = onnx_outputs.judge([{"y": np.asarray(x)}], [{"y": np.asarray(y)}], 1e-3)
+        check = outputs.judge([{"y": np.asarray(x)}], [{"y": np.asarray(y)}], 1e-3)
         return check.equal
 
     assert judge([1.0, np.nan, np.inf], [1.0005, np.nan, np.inf]) is True
@@ -121,7 +121,7 @@ def test_judging_outputs():
     assert judge([1.0], np.float32([1.0])) is False
     assert judge([1e-12], [2e-12]) is True
     assert judge([1 + 1j], [1 - 1j]) is False
-    assert onnx_outputs._distance(np.float32([1, 2]), np.float32([1, math.nan])) == math.inf
+    assert outputs.distance(np.float32([1, 2]), np.float32([1, math.nan])) == math.inf
 
 
 def test_open_dimensions_are_tried_one_by_one():

@@ -15,12 +15,16 @@ README = (ROOT / "README.md").read_text()
 
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(codes) == 2
 
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(codes[0], names)
+    printed = capsys.readouterr().out
+    assert "0.weight Conv1d (8, 4, 3) 0" in printed
+    exec(codes[1], {"__name__": "readme"})
+    assert capsys.readouterr().out == "eager torch.Size([4, 16, 1])\n"
 
-    assert "0.weight Conv1d (8, 4, 3) 0" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"split.pt", "plain.pt"}
     assert "0.weight_g" in names["model"].state_dict()
     assert "2.weight" in names["model"].state_dict()

@@ -1,26 +1,32 @@
-"""The Python API. Modules change in place, dicts come back new: use what is returned."""
+"""The Python API. Modules change in place, dicts and programs come back new: use what is returned."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from wnconvert import compare, convert, files, jobs
 from wnconvert.carriers import Carrier
 from wnconvert.carriers.module import ModuleCarrier
+from wnconvert.carriers.program import ProgramCarrier
+from wnconvert.carriers.torchscript import ScriptedCarrier
 from wnconvert.errors import NothingToDo, UsageError
 from wnconvert.files import ReadOptions
 from wnconvert.files.torch_file import DictCarrier, carrier_of
 from wnconvert.report.model import Report
 from wnconvert.report.verdict import Verdict
 from wnconvert.sites import Dim, Scheme, Selection, Site
+from wnconvert.walk.ladder import Example
 
-Model = TypeVar("Model", nn.Module, Mapping[str, Any])
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
+Model = TypeVar("Model", nn.Module, Mapping[str, Any], ExportedProgram)
+_InMemory = ModuleCarrier | DictCarrier | ScriptedCarrier | ProgramCarrier
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,14 +37,18 @@ class Result(Generic[Model]):
     report: Report
 
 
-def find(model: nn.Module | Mapping[str, Any], *, dim: Dim = "torch") -> list[Site]:
-    """List every weight of a module or state dict that is or could be split, and the ones that cannot, with reasons.
+def find(
+    model: nn.Module | Mapping[str, Any] | ExportedProgram, *, dim: Dim = "torch", example_inputs: ExampleInputs = None
+) -> list[Site]:
+    """List every weight of a network that is or could be split, and the ones that cannot, with reasons.
 
     Args:
-        model: a module, or a state dict (then kinds are inferred from the keys).
+        model: a module, an exported program, or a state dict (then kinds are inferred from the keys).
         dim: which axis to keep: `torch` as torch.nn.utils would, `out` for the output unit, an axis, or None.
+        example_inputs: of one forward pass of a module: a tensor, a sequence of positional arguments or a mapping of
+            keyword arguments. Where torch.fx cannot trace it, these show the weights that it hands to functions.
     """
-    return _carrier(model).sites(_dim(dim))
+    return _carrier(model, example=Example.of(example_inputs)).sites(_dim(dim))
 
 
 def apply(
@@ -49,6 +59,7 @@ def apply(
     kinds: str | Sequence[str] = (),
     dim: Dim = "torch",
     names: Scheme = "legacy",
+    example_inputs: ExampleInputs = None,
 ) -> Result[Model]:
     """Split the weights of every Linear, convolution, recurrent and attention layer into magnitude and direction.
 
@@ -57,23 +68,28 @@ def apply(
     shares memory with the weight it was: a state dict taken before trains along, unless it was copied.
 
     Args:
-        model: a module, changed in place, or a state dict, which is left alone.
+        model: a module, changed in place, or a state dict or exported program, which is left alone.
         include: shell globs on names such as `encoder.*`; all if empty.
         exclude: shell globs on names; they win.
         kinds: shell globs on kinds such as `Conv*`; every kind but embeddings if empty.
         dim: see `find`.
         names: how the keys of a state dict are spelled. A module always writes legacy keys.
+        example_inputs: see `find`.
 
     Raises:
         UsageError: a glob matches nothing.
         InputError: a lazy layer has no shape yet.
     """
-    carrier = _carrier(model)
+    carrier = _carrier(model, example=Example.of(example_inputs))
     selection = _selection(include, exclude, kinds)
     try:
         report = convert.apply(carrier, selection=selection, dim=_dim(dim), names=names)
     except NothingToDo as nothing:
         report = _report_of(nothing)
+    finally:
+        # Also after an interruption, or a network split in part would not run.
+        if isinstance(carrier, ModuleCarrier):
+            carrier.clean()
     return Result(_result(model, carrier), report)
 
 
@@ -89,7 +105,7 @@ def fold(
     A network with nothing to fold is returned as it is, and the report lists no folded site.
 
     Args:
-        model: a module, changed in place, or a state dict, which is left alone.
+        model: a module, changed in place, or a state dict or exported program, which is left alone.
         include: see `apply`.
         exclude: see `apply`.
         kinds: see `apply`.
@@ -107,8 +123,9 @@ def fold(
         report = convert.fold(carrier, selection=selection)
     except NothingToDo as nothing:
         report = _report_of(nothing)
-    if isinstance(carrier, ModuleCarrier):
-        carrier.clean()
+    finally:
+        if isinstance(carrier, ModuleCarrier):
+            carrier.clean()
     return Result(_result(model, carrier), report)
 
 
@@ -161,15 +178,15 @@ def convert_file(
 
 
 def verify(
-    a: nn.Module | Mapping[str, Any] | str | Path,
-    b: nn.Module | Mapping[str, Any] | str | Path,
+    a: nn.Module | Mapping[str, Any] | ExportedProgram | str | Path,
+    b: nn.Module | Mapping[str, Any] | ExportedProgram | str | Path,
     *,
     unsafe_load: bool = False,
 ) -> Verdict:
     """Find out whether two networks are the same function, split weights multiplied back.
 
     Args:
-        a: a module, a state dict or a file.
+        a: a module, a state dict, an exported program or a file.
         b: likewise; the two need not be of one kind.
         unsafe_load: unpickle whole modules, which can run code.
 
@@ -184,25 +201,31 @@ def verify(
     return Verdict(name_a, name_b, (carrier_a.walker, carrier_b.walker), weights)
 
 
-def _side(model: nn.Module | Mapping[str, Any] | str | Path, reading: ReadOptions) -> tuple[str, Carrier]:
+def _side(
+    model: nn.Module | Mapping[str, Any] | ExportedProgram | str | Path, reading: ReadOptions
+) -> tuple[str, Carrier]:
     if isinstance(model, (str, Path)):
         return str(model), files.read(Path(model), reading).carrier
     return type(model).__name__, _carrier(model, trace=False)
 
 
-def _carrier(model: nn.Module | Mapping[str, Any], *, trace: bool = True) -> ModuleCarrier | DictCarrier:
+def _carrier(
+    model: nn.Module | Mapping[str, Any] | ExportedProgram, *, trace: bool = True, example: Example | None = None
+) -> _InMemory:
     if isinstance(model, torch.jit.ScriptModule):
-        raise UsageError("a TorchScript module cannot be converted: convert the module that it was made from")
+        return ScriptedCarrier(model)
     if isinstance(model, nn.Module):
-        return ModuleCarrier(model, trace=trace)
+        return ModuleCarrier(model, trace=trace, example=example)
+    if isinstance(model, ExportedProgram):
+        return ProgramCarrier(model)
     if isinstance(model, Mapping):
         return carrier_of(model)
     hint = "; convert_file takes a path" if isinstance(model, (str, Path)) else ""
-    raise UsageError(f"needs a torch.nn.Module or a state dict, not {type(model).__name__}{hint}")
+    raise UsageError(f"needs a torch.nn.Module, an exported program or a state dict, not {type(model).__name__}{hint}")
 
 
-def _result(model: Model, carrier: ModuleCarrier | DictCarrier) -> Model:
-    return model if isinstance(carrier, ModuleCarrier) else carrier.rebuild()
+def _result(model: Model, carrier: _InMemory) -> Model:
+    return model if isinstance(carrier, ModuleCarrier) else cast("Model", carrier.rebuild())
 
 
 def _selection(include: str | Sequence[str], exclude: str | Sequence[str], kinds: str | Sequence[str]) -> Selection:

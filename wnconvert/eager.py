@@ -7,10 +7,11 @@ from torch.autograd import forward_ad
 
 
 def is_plain() -> bool:
-    """No compiler, tracer, transform of torch.func or forward-mode derivative: tensors are tensors, not stand-ins."""
+    """No compiler, tracer, dispatch mode, transform of torch.func or forward-mode derivative looks on."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -74,8 +74,10 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
     if job.command not in SUFFIX:
         raise UsageError(f"no such command: {job.command}; there are {', '.join(SUFFIX)}")
     target = _target(path, output, job.command)
+    if job.command == "apply":
+        _require_carriable(path, output, target)
     if not job.dry_run:
-        _require_free(path, target, job.overwrite)
+        _require_free(path, target, job.command, overwrite=job.overwrite)
     watcher.stage("reading")
     document = files.read(path, job.reading)
     try:
@@ -154,7 +156,19 @@ def _target(path: Path, output: Path | None, command: str) -> Path:
     return output / default.name if output.is_dir() else output
 
 
-def _require_free(path: Path, target: Path, overwrite: bool) -> None:
+def _require_carriable(path: Path, output: Path | None, target: Path) -> None:
+    """Where the format of the input cannot carry a pair, the output must be named, in a format that can."""
+    source = files.recognise(path)
+    named = files.format_of_name(target.name)
+    if source.splits_into and (output is None or named is None or named.name not in source.splits_into):
+        suggested = path.with_name(f"{path.stem}.{SUFFIX['apply']}.safetensors")
+        raise UsageError(
+            f"{path}: a {source.name} archive cannot carry g and v; `wnconvert apply {path} -o {suggested}` writes its "
+            "state dict, split, for wnconvert.load_into"
+        )
+
+
+def _require_free(path: Path, target: Path, command: str, *, overwrite: bool) -> None:
     source = _folder_of(path) or path
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: the output would replace the input; choose another -o")
@@ -163,6 +177,8 @@ def _require_free(path: Path, target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder to write to")
     named = files.format_of_name(target.name)
+    if named and path.exists() and command == "apply" and named.name in files.recognise(path).splits_into:
+        return
     # A file under the wrong suffix keeps it: other programs know it by that.
     if named and path.exists() and named not in (files.recognise(path), files.format_of_name(path.name)):
         raise UsageError(f"{target}: the format stays {files.recognise(path).name}, so the suffix of -o must fit that")

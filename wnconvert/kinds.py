@@ -59,55 +59,100 @@ MODULES: tuple[ModuleKind, ...] = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FunctionKind:
-    """A function that may be called with a weight that belongs to no layer of the table above.
+    """A function that may be called with a weight, outside the layers of the table above.
+
+    One row stands for the torch function, the tensor method and the ATen operator of that name, whose arguments are in
+    the same order.
 
     Attributes:
-        path: import path of the function, or `method:NAME` for a tensor method.
-        operands: position and keyword of each operand that may be a weight, with its kept axis and output axis.
-        kind: as shown in reports.
+        name: of the function.
+        operands: each argument that may be a weight, with its kept axis and its output axis.
+        batched: leading axes of a weight of more than two axes are kept too.
+        groups: position of the number of groups of a transposed convolution.
+        transposed: position of a flag that makes a convolution a transposed one.
+        kind: as shown in reports, if not the name.
     """
 
-    path: str
-    kind: str
+    name: str
     operands: tuple[Operand, ...]
+    batched: bool = False
+    groups: int | None = None
+    transposed: int | None = None
+    kind: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """One argument of a function: where it stands, and its axes if it is the weight."""
+    """One argument of a function: where it stands, and its axes if it is the weight.
+
+    `fixed` arguments are always weights, also where the input too is made of parameters alone. A `listed` one is a list
+    of weights and biases.
+    """
 
     position: int
     keyword: str
     axis: int
     out_axis: int
+    fixed: bool = True
+    listed: bool = False
 
 
 def _weight(position: int, axis: int, out_axis: int | None = None, keyword: str = "weight") -> tuple[Operand, ...]:
     return (Operand(position, keyword, axis, axis if out_axis is None else out_axis),)
 
 
-# The right operand of a product indexes its outputs by the last axis, the left one by the last but one.
-_PRODUCT = (Operand(1, "other", -1, -1), Operand(0, "input", -2, -2))
-_MATRICES = (Operand(1, "mat2", -1, -1), Operand(0, "input", -2, -2))
-_ADDED = (Operand(2, "mat2", -1, -1), Operand(1, "mat1", -2, -2))
+def _product(left: int, left_name: str, right: int, right_name: str) -> tuple[Operand, ...]:
+    """The right operand of a product indexes its outputs by the last axis, the left one by the last but one."""
+    return Operand(right, right_name, -1, -1, fixed=False), Operand(left, left_name, -2, -2, fixed=False)
+
+
+_MATMUL = _product(0, "input", 1, "other")
+_TRANSPOSED = _weight(1, 0, 1)
+_ATTENTION = (
+    Operand(5, "in_proj_weight", 0, 0),
+    Operand(11, "out_proj_weight", 0, 0),
+    Operand(18, "q_proj_weight", 0, 0),
+    Operand(19, "k_proj_weight", 0, 0),
+    Operand(20, "v_proj_weight", 0, 0),
+)
+# torch.nn.functional takes the indices first, ATen the table.
+_TABLE = (Operand(1, "weight", 0, 0, fixed=False), Operand(0, "weight", 0, 0, fixed=False))
+
+# Packed sequences come with one argument more.
+_RECURRENT = (Operand(2, "params", 0, 0, listed=True), Operand(3, "params", 0, 0, listed=True))
+_CELL = (Operand(2, "w_ih", 0, 0), Operand(3, "w_hh", 0, 0))
 
 FUNCTIONS: tuple[FunctionKind, ...] = (
-    FunctionKind("torch.nn.functional.linear", "linear", _weight(1, 0)),
-    FunctionKind("torch.nn.functional.bilinear", "bilinear", _weight(2, 0)),
-    FunctionKind("torch.nn.functional.conv1d", "conv1d", _weight(1, 0)),
-    FunctionKind("torch.nn.functional.conv2d", "conv2d", _weight(1, 0)),
-    FunctionKind("torch.nn.functional.conv3d", "conv3d", _weight(1, 0)),
-    FunctionKind("torch.nn.functional.conv_transpose1d", "conv_transpose1d", _weight(1, 0, 1)),
-    FunctionKind("torch.nn.functional.conv_transpose2d", "conv_transpose2d", _weight(1, 0, 1)),
-    FunctionKind("torch.nn.functional.conv_transpose3d", "conv_transpose3d", _weight(1, 0, 1)),
-    FunctionKind("torch.matmul", "matmul", _PRODUCT),
-    FunctionKind("operator.matmul", "matmul", _PRODUCT),
-    FunctionKind("method:matmul", "matmul", _PRODUCT),
-    FunctionKind("torch.mm", "matmul", _MATRICES),
-    FunctionKind("method:mm", "matmul", _MATRICES),
-    FunctionKind("torch.addmm", "addmm", _ADDED),
-    FunctionKind("method:addmm", "addmm", _ADDED),
+    FunctionKind("linear", _weight(1, 0)),
+    FunctionKind("bilinear", _weight(2, 0)),
+    FunctionKind("conv1d", _weight(1, 0)),
+    FunctionKind("conv2d", _weight(1, 0)),
+    FunctionKind("conv3d", _weight(1, 0)),
+    FunctionKind("conv_transpose1d", _TRANSPOSED, groups=6),
+    FunctionKind("conv_transpose2d", _TRANSPOSED, groups=6),
+    FunctionKind("conv_transpose3d", _TRANSPOSED, groups=6),
+    FunctionKind("convolution", _weight(1, 0), groups=8, transposed=6),
+    FunctionKind("_convolution", _weight(1, 0), groups=8, transposed=6, kind="convolution"),
+    FunctionKind("matmul", _MATMUL, batched=True),
+    FunctionKind("mm", _product(0, "input", 1, "mat2"), kind="matmul"),
+    FunctionKind("bmm", _product(0, "input", 1, "mat2"), batched=True),
+    FunctionKind("addmm", _product(1, "mat1", 2, "mat2")),
+    FunctionKind("baddbmm", _product(1, "batch1", 2, "batch2"), batched=True),
+    FunctionKind("_grouped_mm", _product(0, "input", 1, "mat2"), batched=True, kind="grouped_mm"),
+    FunctionKind("grouped_mm_fallback", _product(0, "input", 1, "weight"), batched=True, kind="grouped_mm"),
+    FunctionKind("grouped_mm", _product(0, "mat_a", 1, "mat_b"), batched=True),
+    FunctionKind("multi_head_attention_forward", _ATTENTION, kind="MultiheadAttention"),
+    FunctionKind("embedding", _TABLE, kind="Embedding"),
+    FunctionKind("lstm", _RECURRENT, kind="RNN"),
+    FunctionKind("gru", _RECURRENT, kind="RNN"),
+    FunctionKind("rnn_tanh", _RECURRENT, kind="RNN"),
+    FunctionKind("rnn_relu", _RECURRENT, kind="RNN"),
+    FunctionKind("lstm_cell", _CELL, kind="RNNCell"),
+    FunctionKind("gru_cell", _CELL, kind="RNNCell"),
+    FunctionKind("rnn_tanh_cell", _CELL, kind="RNNCell"),
+    FunctionKind("rnn_relu_cell", _CELL, kind="RNNCell"),
 )
+"""Einsum is not here: its equation says which axes are which."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from wnconvert import handed_out, weightnorm
+from wnconvert import eager, handed_out, weightnorm
 from wnconvert.errors import NotSplittable, UsageError
 from wnconvert.names import spell
 from wnconvert.sites import Axis, kept_axes
@@ -129,9 +130,6 @@ def obstacle(module: nn.Module, name: str) -> str | None:
     """Why a plain weight of this very module cannot be split in place, or None."""
     if wrapper(module):
         return f"its layer has become a {type(module).__name__} since it was split; undo that first"
-    if isinstance(module, fx.GraphModule):
-        # It copies and pickles what its graph names, and that would be the weight.
-        return "the graph of a GraphModule holds it, not a layer; split the module that was traced"
     taken = next((key for key in spell(name, "legacy") if hasattr(module, key)), None)
     return None if taken is None else f"its layer has a {taken} of its own"
 
@@ -186,8 +184,9 @@ def settle(module: nn.Module) -> None:
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        for name, weight in handed_out.written(module):
-            _assign(module, name, weight)
+        with _disable_current_modes():
+            for name, weight in handed_out.written(module):
+                _assign(module, name, weight)
     finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
@@ -245,7 +244,7 @@ def _rebuild_by_call(base: type[nn.Module], names: tuple[str, ...], *arguments: 
 def _weight_property(name: str) -> property:
     def weight(self: nn.Module) -> Tensor:
         settle(self)
-        found = _compute(self, name)
+        found = _as_parameter(self, name)
         if not torch.compiler.is_compiling():
             handed_out.remember(self, name, found, reader=sys._getframe(1))
         return found
@@ -256,23 +255,26 @@ def _weight_property(name: str) -> property:
 def _compute(module: nn.Module, name: str) -> Tensor:
     g_name, v_name = spell(name, "legacy")
     g, v = getattr(module, g_name), getattr(module, v_name)
-    spec = spec_of(module, name)
-    like = module._parameters.get(v_name)
+    return compose(spec_of(module, name), g, v, module._parameters.get(v_name))
+
+
+def compose(spec: Spec, g: Tensor, v: Tensor, like: Tensor | None) -> Tensor:
+    """Compute a weight that is split in this way; `like` as in `weightnorm.compose`."""
     if spec.groups == 1:
         return weightnorm.compose(g, v, spec.reduced, like=like)
     # Dynamic sizes are left to the view: the group count is all that is fixed.
-    grouped = v.unflatten(0, (spec.groups, -1))
+    grouped: Tensor = v.unflatten(0, (spec.groups, -1))  # type: ignore[no-untyped-call]
     return weightnorm.compose(g, grouped, spec.reduced, like=like if v is not like else None).flatten(0, 1)
 
 
 def _as_parameter(module: nn.Module, name: str) -> Tensor:
     """Compute a weight, and mark it as trainable where the parameter that it stands for would be.
 
-    torch's recurrent kernel on CPU takes another path for weights that do not require gradients, even under no_grad,
-    and that path rounds differently.
+    Some of torch's kernels (recurrent ones, matmul) take another path for weights that do not require gradients, even
+    under no_grad, and that path rounds differently.
     """
     weight = _compute(module, name)
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or not eager.is_plain():
         return weight
     return weight.requires_grad_(getattr(module, spell(name, "legacy")[1]).requires_grad)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wnconvert import layers, weightnorm
 from wnconvert.carriers import module_forms as forms
+from wnconvert.carriers.graph_module import GraphWeights
 from wnconvert.errors import InputError, UsageError
 from wnconvert.names import Pair, find_pairs, spell
 from wnconvert.walk.modules import kind_of
@@ -40,7 +41,8 @@ def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Mod
     Raises:
         InputError: the checkpoint does not fit; the message lists the first differences. The module is left unchanged.
     """
-    held = forms.all_split_weights(module)
+    graphs = GraphWeights(module)
+    held = _held(module, graphs)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     state = _with_twins(
         [*_groups(parameters), *_groups({name: pair.v for name, pair in held.items()})],
@@ -51,10 +53,11 @@ def load_into(module: Module, checkpoint: str | Path | Mapping[str, Any]) -> Mod
     magnitudes: dict[int, nn.Parameter] = {}
     for name, pair in pairs.items():
         if name not in held:
-            _attach(module, name, state[pair.g], state[pair.v], magnitudes)
+            _attach(module, name, state[pair.g], state[pair.v], magnitudes=magnitudes, graphs=graphs)
+    graphs.finish()
     meta = any(parameter.is_meta for parameter in parameters.values())
     extra = {key: value for key, value in module.state_dict().items() if not isinstance(value, Tensor)}
-    module.load_state_dict(extra | _spelled_for(module, state, pairs), strict=True, assign=meta)
+    module.load_state_dict(extra | _spelled_for(_held(module, graphs), state, pairs), strict=True, assign=meta)
     return module
 
 
@@ -156,32 +159,48 @@ def _require_fit(
         raise InputError(f"the checkpoint does not fit the module: {'; '.join(problems[:4])}{more}")
 
 
-def _attach(module: nn.Module, name: str, g: Tensor, v: Tensor, magnitudes: dict[int, nn.Parameter]) -> None:
+def _held(module: nn.Module, graphs: GraphWeights) -> dict[str, forms.SplitWeight]:
+    """The weights that a module holds split under keys that say so."""
+    held = forms.all_split_weights(module)
+    graphs.read(held)
+    return {**held, **{name: pair for name, pair in graphs.pairs.items() if pair.scheme is not None}}
+
+
+def _attach(
+    module: nn.Module, name: str, g: Tensor, v: Tensor, *, magnitudes: dict[int, nn.Parameter], graphs: GraphWeights
+) -> None:
     """Split one weight. Tied weights share the magnitude that was made first, by the identity of the weight."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if leaf in layers.split_names(owner):
+    if leaf not in owner._parameters:
         return  # one module under two names
     weight = owner.get_parameter(leaf)
     groups, axis = weightnorm.pair_axis(g.shape, v.shape, name)
     kind = kind_of(owner)
     spec = layers.Spec.of(kind.name if kind else "Unknown", axis, groups, v.dim())
     new_g = nn.Parameter(torch.empty(g.shape, dtype=weight.dtype, device=weight.device), weight.requires_grad)
-    layers.attach(owner, leaf, spec, magnitudes.setdefault(id(weight), new_g), weight)
+    new = magnitudes.setdefault(id(weight), new_g), weight
+    if graphs.holds(name):
+        graphs.register(name, new)
+    else:
+        layers.attach(owner, leaf, spec, *new)
+    graphs.split(name, spec, weight)
 
 
-def _spelled_for(module: nn.Module, state: dict[str, Tensor], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def _spelled_for(
+    split: Mapping[str, forms.SplitWeight], state: dict[str, Tensor], pairs: Mapping[str, Pair]
+) -> dict[str, Tensor]:
     """The state dict as the module's own split weights spell and split it."""
     spelled = dict(state)
-    for name, held in forms.all_split_weights(module).items():
+    for name, held in split.items():
         pair = pairs.get(name)
         if pair is None:
             if held.form != "wnconvert":
                 # Only our own layers split a plain weight while they load.
                 groups, axis = weightnorm.pair_axis(held.g.shape, held.v.shape, name)
                 halves = weightnorm.split(spelled.pop(name), axis, groups=groups, name=name)
-                spelled |= dict(zip(spell(name, held.scheme), halves, strict=True))
+                spelled |= dict(zip(held.keys(name), halves, strict=True))
             continue
-        for old, new in zip((pair.g, pair.v), spell(name, held.scheme), strict=True):
+        for old, new in zip((pair.g, pair.v), held.keys(name), strict=True):
             spelled[new] = spelled.pop(old)
     return spelled

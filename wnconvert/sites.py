@@ -229,7 +229,8 @@ class Selection:
     def _mark(self, site: Site) -> Site:
         reason = self.left_out(site)
         if reason is None and not self.kinds and site.state == "plain" and site.kind in OPT_IN:
-            reason = f"{OPT_IN[site.kind]}; --kind {site.kind} splits it"
+            seen = f" ({site.evidence})" if site.kind == "Unknown" and site.evidence else ""
+            reason = f"{OPT_IN[site.kind]}{seen}; --kind {site.kind} splits it"
         return site.skipped(reason) if reason else site
 
 
@@ -238,6 +239,9 @@ OPT_IN = {
     "Unknown": "nothing tells which layer it belongs to",
 }
 """Kinds that are listed but only converted when asked for by kind, with what to say of them."""
+
+OVERLAP = "shares memory with {} (a transposed view, a slice or a buffer), which no pair could stand for"
+"""Why a weight is left alone that something else reads in another form."""
 
 
 def _named(site: Site, patterns: Sequence[str]) -> bool:

@@ -213,14 +213,20 @@ def _ratio(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, like: Tensor) 
         norm = v.abs().to(wide)
     else:
         norm = torch.linalg.vector_norm(v, dim=reduced, keepdim=reduced is not None, dtype=wide)
+    # Half an ulp, and a little for the norm's own rounding: more would let a trained row differ from fold by 2 ulp.
+    near = 0.5 + 2**-7
     if like.dtype == torch.float64 and like is v and eager.is_plain():
         # float64 has no wider type to hide the order of the additions in, so take the one norm that never changes.
         norm = norm + (_norm_like(norm, v, reduced) - norm).detach()
+    elif like.dtype == torch.float64:
+        # A graph has to do with torch's norm, which is 100 ulp off for rows of a million elements.
+        near = 2.0**8
     ratio = g / norm
-    # Half an ulp, and a little for the norm's own rounding: more would let a trained row differ from fold by 2 ulp.
-    fresh = (ratio - 1).abs() <= torch.finfo(like.dtype).eps * (0.5 + 2**-7)
-    # ratio + (1 - ratio) is exactly 1 this close to 1, and the gradient stays that of the ratio.
-    return norm, ratio + torch.where(fresh, 1 - ratio, 0).detach()
+    fresh = (ratio - 1).abs() <= torch.finfo(like.dtype).eps * near
+    # ratio + (1 - ratio) is exactly 1 this close to 1, and the gradient stays that of the ratio: the rest is a multiple
+    # of 2**-60, so rounding it to one changes nothing but its derivative. Exported graphs lose a detach.
+    rest = torch.where(fresh, 1 - ratio, 0)
+    return norm, ratio + (rest * 2.0**60).round() * 2.0**-60
 
 
 def _composed(v: Tensor, ratio: Tensor, dtype: torch.dtype) -> Tensor:

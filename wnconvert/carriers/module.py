@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from wnconvert import layers, weightnorm
 from wnconvert.carriers import module_forms as forms
+from wnconvert.carriers import ties
+from wnconvert.carriers.graph_module import GraphWeights
 from wnconvert.carriers.module_forms import SplitWeight
+from wnconvert.carriers.overlap import overlaps
 from wnconvert.errors import InputError, PairError, UsageError
-from wnconvert.names import spell
-from wnconvert.sites import Dim, Scheme, Selection, Site, Use, resolve
-from wnconvert.walk import fx, modules
+from wnconvert.sites import OVERLAP, Dim, Scheme, Selection, Site, Use, resolve
+from wnconvert.walk import modules
+from wnconvert.walk.ladder import Example, Walk, walk
+from wnconvert.walk.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,55 +33,85 @@ class _Owner:
 class ModuleCarrier:
     """Fulfils `Carrier` for a network in memory.
 
-    Sites come from torch.fx where it can trace the network, which also shows weights used by functions, and from the
-    tree of modules, which also shows layers that the traced path does not reach.
+    Sites come from a trace where one can be had, which also shows weights used by functions, from the graphs that it
+    holds (an `fx.GraphModule` is one), and from the tree of modules, which also shows layers that no path reaches.
     """
 
-    def __init__(self, module: nn.Module, *, trace: bool = True) -> None:
+    def __init__(self, module: nn.Module, *, trace: bool = True, example: Example | None = None) -> None:
         self.module = module
-        self.walker = "modules"
-        self.walker_note: str | None = None
-        self._traced: fx.Trace | None = None
+        self._tries_layers = trace
+        self._listed: tuple[Dim, list[Site]] | None = None
+        self._graphs = GraphWeights(module)
         for name, parameter in module.named_parameters():
             if isinstance(parameter, UninitializedParameter):
                 raise InputError(f"{name}: a lazy layer has no shape yet; run one forward pass before converting")
-        if trace and modules.kind_of(module) is None:
-            self._trace()
+        walked = self._walk(trace, example)
+        self.walker, self.walker_note, self._traced = walked.walker, walked.note, walked.trace
 
-    def _trace(self) -> None:
-        try:
-            self._traced = fx.trace(self.module)
-            self.walker = "fx"
-        except fx.TraceFailed as error:
-            self.walker_note = f"torch.fx cannot trace it ({error})"
+    def _walk(self, trace: bool, example: Example | None) -> Walk:
+        if isinstance(self.module, fx.GraphModule):
+            return Walk("fx", trace=Trace((), self._graphs.called, self._graphs.others, ()))
+        if not trace or modules.kind_of(self.module) is not None:
+            return Walk("modules")
+        return walk(self.module, example)
 
     def sites(self, dim: Dim) -> list[Site]:
-        split = forms.all_split_weights(self.module)
+        # Folding asks twice: once to check every pair before anything changes.
+        if self._listed is None or self._listed[0] != dim:
+            self._listed = dim, self._list(dim)
+        return self._listed[1]
+
+    def _list(self, dim: Dim) -> list[Site]:
+        weights, split, shared = self.weights(), self._split_weights(), self._overlaps()
+        found = []
+        for names, uses in weights:
+            if names[0] in split:
+                found.append(self._split_site(names, split, uses))
+            else:
+                site = self._plain_site(names, uses, dim)
+                other = next((shared[name] for name in names if name in shared), None)
+                found.append(site.skipped(OVERLAP.format(other)) if other else site)
+        return [*found, *self._foreign_sites()]
+
+    def weights(self) -> list[tuple[list[str], list[Use]]]:
+        """Every weight, split or plain, by all of its names, with what uses it."""
+        self._graphs.read(forms.all_split_weights(self.module))
+        split = self._split_weights()
         uses: dict[str, list[Use]] = {}
-        for use in modules.find_uses(self.module, split):
+        for use in modules.find_uses(self.module, split, try_layers=self._tries_layers):
             uses.setdefault(use.root, []).append(self._mark_unreached(use))
-        for use in self._traced.uses if self._traced else ():
-            uses.setdefault(use.root, []).append(use)
+        in_graphs = {use.root for use in self._graphs.uses}
+        traced = (use for use in self._functional_uses(split) if use.root not in in_graphs)
+        for use in (*self._graphs.uses, *traced):
+            known = uses.setdefault(use.root, [])
+            if not any(_agree(use, other) for other in known):
+                known.append(use)
         for name in (*split, *self._unexplained(split)):
             uses.setdefault(name, [])
         found = []
         for names in self._tied(uses, split):
             everywhere = [dataclasses.replace(use, root=names[0]) for name in names for use in uses.get(name, ())]
             # An embedding that shares its table with a layer follows that layer.
-            layer_uses = [use for use in everywhere if use.kind != "Embedding"] or everywhere
-            if names[0] in split:
-                found.append(self._split_site(names, split[names[0]], layer_uses))
-            else:
-                found.append(self._plain_site(names, layer_uses, dim))
-        return [*found, *self._foreign_sites()]
+            found.append((names, [use for use in everywhere if use.kind != "Embedding"] or everywhere))
+        return found
+
+    def _functional_uses(self, split: Mapping[str, SplitWeight]) -> Iterator[Use]:
+        if self._traced is None:
+            return
+        halves, parameters = _spelled(split), {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        for norm in self._traced.norms:
+            if norm.name not in split:
+                problem = "its own forward pass makes a weight norm of it"
+                yield from (Use(key, "Unknown", key, None, None, problem=problem) for key in (norm.v, norm.g))
+        for use in self._traced.uses:
+            if use.root in split or (use.root in parameters and use.root not in halves):
+                yield use
 
     def read_weight(self, site: Site) -> Tensor:
         return self.module.get_parameter(site.name).detach()
 
     def read_pair(self, site: Site) -> tuple[Tensor, Tensor]:
-        owner = self._owner(site.name)
-        layers.settle(owner.module)
-        pair = forms.split_weights(owner.module)[owner.name]
+        pair = self._pair(site.name)
         return pair.g.detach(), pair.v.detach()
 
     def g_dtype(self, site: Site) -> torch.dtype | None:  # noqa: ARG002
@@ -88,26 +122,42 @@ class ModuleCarrier:
             raise UsageError(
                 "a module writes legacy keys (weight_g, weight_v), which torch's parametrizations load too"
             )
-        trains = self.module.get_parameter(site.name).requires_grad
+        # Another network of the same file may hold this very layer, and have split it.
+        names = [name for name in (site.name, *site.tied) if not self._is_split(name)]
+        if not names:
+            return
+        self._listed = None
+        trains = self.module.get_parameter(names[0]).requires_grad
         pair = nn.Parameter(g, trains), nn.Parameter(v, trains)
         spec = layers.Spec.of(site.kind, site.axis, site.groups, len(site.shape))
-        for owner in self._owners(site):
+        for name in filter(self._graphs.holds, names):
+            self._graphs.register(name, pair)
+        for owner in self._owners(*(name for name in names if not self._graphs.holds(name))):
             layers.attach(owner.module, owner.name, spec, *pair)
+        for name in names:
+            self._graphs.split(name, spec, pair[1])
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
+        self._listed = None
         value = weight()
-        owner = self._owner(site.name)
-        pair = forms.split_weights(owner.module)[owner.name]
+        names = (site.name, *site.tied)
+        split = [name for name in names if self._is_split(name)]
+        if not split:
+            return
+        pair = self._pair(split[0])
         parameter = nn.Parameter(value, pair.g.requires_grad or pair.v.requires_grad)
-        for owner in self._owners(site):
+        for owner in self._owners(*(name for name in names if name not in self._graphs.pairs)):
             forms.replace(owner.module, owner.name, parameter)
+        for name in names:
+            self._graphs.fold(name, parameter)
 
     def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002
         raise UsageError("a module in memory cannot be renamed: fold it, or rename its saved state dict")
 
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
         tensors: dict[str, Callable[[], Tensor]] = {}
-        split = forms.all_split_weights(self.module)
+        self._graphs.read(forms.all_split_weights(self.module))
+        split = self._split_weights()
         halves = _spelled(split)
         named = (*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers())
         for name, tensor in named:
@@ -118,7 +168,8 @@ class ModuleCarrier:
         return tensors
 
     def clean(self) -> None:
-        """Remove what torch leaves behind when it removes a parametrized weight norm."""
+        """Finish: generate the code of edited graphs, remove what a parametrized weight norm of torch leaves behind."""
+        self._graphs.finish()
         for module in self.module.modules():
             forms.remove_leftover_hooks(module)
 
@@ -129,9 +180,25 @@ class ModuleCarrier:
             if site.skip is None:
                 weightnorm.require_pair(*self.read_pair(site), name=site.name)
 
-    def _split_site(self, names: list[str], pair: SplitWeight, uses: list[Use]) -> Site:
+    def _split_weights(self) -> dict[str, SplitWeight]:
+        return {**forms.all_split_weights(self.module), **self._graphs.pairs}
+
+    def _is_split(self, name: str) -> bool:
+        owner = self._owner(name)
+        return name in self._graphs.pairs or owner.name in forms.split_weights(owner.module)
+
+    def _pair(self, name: str) -> SplitWeight:
+        pair = self._graphs.pairs.get(name)
+        if pair is not None:
+            return pair
+        owner = self._owner(name)
+        layers.settle(owner.module)
+        return forms.split_weights(owner.module)[owner.name]
+
+    def _split_site(self, names: list[str], split: Mapping[str, SplitWeight], uses: list[Use]) -> Site:
         name, owner = names[0], self._owner(names[0])
-        problem, groups, axis = pair.problem, 1, None
+        pair, keys = split[name], {key: split[key].keys(key) for key in names if key in split}
+        problem, groups, axis = pair.problem or self._graphs.other_reader(keys), 1, None
         if problem is None:
             try:
                 groups, axis = weightnorm.pair_axis(pair.g.shape, pair.v.shape, name)
@@ -155,12 +222,15 @@ class ModuleCarrier:
     def _plain_site(self, names: list[str], uses: list[Use], dim: Dim) -> Site:
         weight = self.module.get_parameter(names[0])
         uses = uses or [Use(names[0], "Unknown", names[0], 0, 0)]
-        site = resolve(uses, tuple(weight.shape), _dtype_name(weight), dim=dim, tied=tuple(names[1:]))
+        others = [name for key in names for name in (self._traced.others.get(key, ()) if self._traced else ())]
+        evidence = f"used by {', '.join(dict.fromkeys(others))}" if others and uses[0].kind == "Unknown" else None
+        shape, tied = tuple(weight.shape), tuple(names[1:])
+        site = resolve(uses, shape, _dtype_name(weight), dim=dim, tied=tied, evidence=evidence)
         if weight.is_meta:
             return site.skipped("has no data (meta device)")
         if type(weight) is not nn.Parameter:
             return site.skipped(f"held as a {type(weight).__name__}, which may not be replaced")
-        problems = (layers.obstacle(owner.module, owner.name) for owner in self._owners(site))
+        problems = (layers.obstacle(owner.module, owner.name) for owner in self._owners(site.name, *site.tied))
         problem = next((problem for problem in problems if problem), None)
         return site.skipped(problem) if problem else site
 
@@ -209,15 +279,18 @@ class ModuleCarrier:
             if name not in halves
         }
         everything |= {name: pair.v for name, pair in split.items()}
-        groups: dict[object, list[str]] = {}
-        for name, tensor in everything.items():
-            groups.setdefault(_identity(tensor), []).append(name)
-        found: dict[object, list[str]] = {}
+        groups = ties.groups(everything, split)
+        found: dict[int, list[str]] = {}
         for name in uses:
-            key = _identity(everything[name])
-            names = [name, *(other for other in groups[key] if other != name)]
-            found.setdefault(key, sorted(names, key=lambda other: other not in split))
+            names = [name, *(other for other in groups[name] if other != name)]
+            found.setdefault(id(groups[name]), sorted(names, key=lambda other: other not in split))
         return list(found.values())
+
+    def _overlaps(self) -> dict[str, str]:
+        """Parameters that something reads in another form than as itself: transposed, sliced, or as a buffer."""
+        buffers = dict(self.module.named_buffers())
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return overlaps(parameters | buffers, buffers)
 
     def _mark_unreached(self, use: Use) -> Use:
         if self._traced is None or "." not in use.root:
@@ -227,14 +300,21 @@ class ModuleCarrier:
             return use
         return dataclasses.replace(use, where=f"{use.where} (not in the trace)")
 
-    def _owners(self, site: Site) -> list[_Owner]:
+    def _owners(self, *names: str) -> list[_Owner]:
         """The modules that hold a weight, each once, also where one module goes by several names."""
-        owners = [self._owner(name) for name in (site.name, *site.tied)]
+        owners = [self._owner(name) for name in names]
         return list({(id(owner.module), owner.name): owner for owner in owners}.values())
 
     def _owner(self, name: str) -> _Owner:
         path, _, leaf = name.rpartition(".")
         return _Owner(self.module.get_submodule(path), leaf)
+
+
+def _agree(use: Use, layer: Use) -> bool:
+    """Whether what a trace shows of a weight is what the layer that owns it says already."""
+    if (use.kind == "Embedding") != (layer.kind == "Embedding"):
+        return False  # a table that is multiplied too
+    return (use.axis, use.out_axis, use.groups, use.problem) == (layer.axis, layer.out_axis, layer.groups, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -248,14 +328,7 @@ class _Fold:
 
 def _spelled(split: Mapping[str, SplitWeight]) -> set[str]:
     """Names of the parameters that hold a half of a pair."""
-    return {key for name, pair in split.items() for key in spell(name, pair.scheme)}
-
-
-def _identity(tensor: Tensor) -> object:
-    """The same for every name of one tensor, also where two parameters share one piece of memory."""
-    if tensor.is_meta or tensor.numel() == 0 or type(tensor) is not nn.Parameter:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return {key for name, pair in split.items() for key in pair.keys(name)}
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The three ways a live module may hold a split weight: ours, torch's legacy hooks, torch's parametrizations."""
+"""The ways a live module may hold a split weight: ours, torch's legacy hooks, torch's parametrizations, a graph."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from wnconvert import layers
-from wnconvert.names import is_norm_shape, spell
+from wnconvert.names import is_norm_shape, plain_name, spell
 from wnconvert.sites import Scheme
 
-Form = Literal["wnconvert", "legacy", "parametrized"]
+Form = Literal["wnconvert", "legacy", "parametrized", "graph"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -26,17 +26,26 @@ class SplitWeight:
         form: who split it.
         g, v: the parameters.
         problem: why it cannot be folded, or None.
+        named: full names of g and v where a graph names them.
     """
 
     form: Form
-    g: nn.Parameter
-    v: nn.Parameter
+    g: Tensor
+    v: Tensor
     problem: str | None = None
+    named: tuple[str, str] | None = None
 
     @property
-    def scheme(self) -> Scheme:
-        """How its keys are spelled in a state dict."""
-        return "parametrized" if self.form == "parametrized" else "legacy"
+    def scheme(self) -> Scheme | None:
+        """How its keys are spelled in a state dict, or None where a graph has names of its own for them."""
+        if self.named is None:
+            return "parametrized" if self.form == "parametrized" else "legacy"
+        half = plain_name(self.named[0])
+        return half[1] if half is not None and spell(half[0], half[1]) == self.named else None
+
+    def keys(self, name: str) -> tuple[str, str]:
+        """Keys of g and v in the state dict of the network, for the full name of the weight."""
+        return self.named or spell(name, self.scheme or "legacy")
 
 
 def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
@@ -111,13 +120,18 @@ def remove_leftover_hooks(module: nn.Module) -> None:
 
 def _pair(holder: nn.Module, keys: tuple[str, str], form: Form, problem: str | None = None) -> SplitWeight:
     g, v = (holder.get_parameter(key) for key in keys)
+    return SplitWeight(form, g, v, problem or pair_problem(g, v))
+
+
+def pair_problem(g: Tensor, v: Tensor) -> str | None:
+    """Why two tensors of a module cannot be multiplied into a weight, or None."""
     if v.is_meta:
-        problem = problem or "has no data (meta device)"
+        return "has no data (meta device)"
     if not type(g) is type(v) is nn.Parameter:
-        problem = problem or f"held as a {type(v).__name__}, which may not be replaced"
-    if problem is None and not is_norm_shape(tuple(g.shape), tuple(v.shape)):
-        problem = f"g of shape {list(g.shape)} is not the norm of v of shape {list(v.shape)}"
-    return SplitWeight(form, g, v, problem)
+        return f"held as a {type(v).__name__}, which may not be replaced"
+    if not is_norm_shape(tuple(g.shape), tuple(v.shape)):
+        return f"g of shape {list(g.shape)} is not the norm of v of shape {list(v.shape)}"
+    return None
 
 
 def _legacy_hooks(module: nn.Module) -> Iterator[tuple[int, WeightNorm]]:

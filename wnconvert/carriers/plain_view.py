@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from wnconvert import names
 from wnconvert.files.entries import Entry
 from wnconvert.names import Pair
-from wnconvert.sites import SCHEMES, Dim, Site, Use, pair_axis, resolve
+from wnconvert.sites import OVERLAP, SCHEMES, Dim, Site, Use, pair_axis, resolve
 from wnconvert.walk.keys import Guess, Weight
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -68,7 +68,8 @@ class PlainView:
         known = [guesses[name] for name in group if name in guesses]
         # An embedding that shares its table with a layer follows that layer.
         known = [guess for guess in known if guess.use.kind != "Embedding"] or known
-        uses = [dataclasses.replace(guess.use, root=first) for guess in known] or [Use(first, "Unknown", first, 0, 0)]
+        found = dict.fromkeys(dataclasses.replace(use, root=first) for guess in known for use in guess.uses)
+        uses = list(found) or [Use(first, "Unknown", first, 0, 0)]
         shape, dtype = self.weights[first]
         evidence = "; ".join(dict.fromkeys(guess.evidence for guess in known)) or None
         unsupported = None if dtype in _DTYPES else f"dtype {dtype} has no weight normalization"
@@ -96,6 +97,9 @@ class PlainView:
     def _obstacle(self, group: list[str]) -> str | None:
         """Why a plain weight cannot be replaced by two tensors."""
         for name in group:
+            other = self.entries[name].overlaps
+            if other is not None:
+                return OVERLAP.format(other)
             if self.entries[name].fixed:
                 return f"{name} is held in a list or under a key that is no name, so that g and v cannot be named"
             spelled = (key for scheme in SCHEMES for key in names.spell(name, scheme))

@@ -75,7 +75,8 @@ def arch(verb: Verb) -> Verb:
         "--arch",
         metavar="MODEL",
         help="Build the module that the checkpoint belongs to, instead of telling kinds by names: "
-        "package.module:callable, timm:NAME or transformers. Runs that code.",
+        "package.module:callable, timm:NAME (both with arguments: 'timm:resnet50?num_classes=10') or transformers. "
+        "Runs that code.",
     )(verb)
 
 

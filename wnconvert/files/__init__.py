@@ -69,18 +69,27 @@ class Format:
         module: has `recognise(path) -> bool`, which reads at most a few kilobytes, and
             `read(path, options) -> Document`.
         folders: a folder can be of this format.
+        splits_into: names of the formats that `apply` writes instead, because this one cannot carry a pair.
     """
 
     name: str
     suffixes: tuple[str, ...]
     module: str
     folders: bool = False
+    splits_into: tuple[str, ...] = ()
 
 
 FORMATS: tuple[Format, ...] = (
     Format("safetensors", (".safetensors",), "wnconvert.files.safetensors"),
     Format("safetensors-sharded", (".safetensors.index.json",), "wnconvert.files.sharded", folders=True),
     Format("onnx", (".onnx",), "wnconvert.files.onnx"),
+    Format(
+        "torchscript",
+        (".jit", ".torchscript", ".ptl"),
+        "wnconvert.files.torchscript",
+        splits_into=("safetensors", "torch"),
+    ),
+    Format("pt2", (".pt2",), "wnconvert.files.pt2"),
     Format("torch", (".pt", ".pth", ".bin", ".ckpt", ".tar"), "wnconvert.files.torch_file"),
 )
 

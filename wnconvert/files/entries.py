@@ -34,6 +34,7 @@ class Entry:
         alias: equal for two names of the same tensor; None where the format cannot say so.
         requires_grad: of an `nn.Parameter`; None for a plain tensor.
         raw: where its bytes are, while they are those of the input.
+        overlaps: another tensor that holds some of its elements in another form (transposed, a slice), or None.
         fixed: it has no name of its own (an element of a list), so it cannot become two tensors.
     """
 
@@ -46,6 +47,7 @@ class Entry:
     alias: Hashable = None
     requires_grad: bool | None = None
     raw: Raw | None = None
+    overlaps: str | None = None
     fixed: bool = False
 
     @property

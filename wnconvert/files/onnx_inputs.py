@@ -15,9 +15,6 @@ SIZES = (32, 64, 8, 128, 2, 1, 256, 512, 576, 224, 16, 3, 4, 288)
 MAX_SUBSETS = 6
 """Open dimensions up to which every subset of them is tried at each size, the rest being 1."""
 
-SMALL = 1e-2
-"""An output counts as at least this large: a sigmoid near 0 is rounded as coarsely as one near 1/2."""
-
 NUMPY = {
     "float": np.float32,
     "double": np.float64,

@@ -20,7 +20,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from wnconvert.files.onnx_inputs import SMALL, Dims, Unsupported, assignments, element_type, make, open_dims, resolve
+from wnconvert.files.onnx_inputs import Dims, Unsupported, assignments, element_type, make, open_dims, resolve
+from wnconvert.files.outputs import SMALL
 
 SEARCH_SECONDS = 60.0
 """For finding inputs, all together."""

@@ -54,6 +54,7 @@ class _Values:
 
     def __init__(self, before: list[Entry], carrier: StateDictCarrier) -> None:
         self._made: dict[tuple[Callable[[], Tensor], bool | None], Tensor] = {}
+        self._loaded: dict[Callable[[], Tensor], Tensor] = {}
         self._copies: dict[object, Tensor] = {}
         self._original = {entry.load for entry in before}
         self._torn = _torn_storages(before, list(carrier.entries()))
@@ -66,7 +67,10 @@ class _Values:
         return made
 
     def _make(self, entry: Entry) -> Tensor:
-        value = entry.load()
+        # Once, also where one name of a tensor is a parameter and another is not.
+        value = self._loaded.get(entry.load)
+        if value is None:
+            value = self._loaded[entry.load] = entry.load()
         if entry.load not in self._original:
             return value if entry.requires_grad is None else nn.Parameter(value, entry.requires_grad)
         if _storage(value) not in self._torn:

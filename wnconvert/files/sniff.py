@@ -28,24 +28,26 @@ def describe(path: Path) -> str | None:
 
 def unreadable_archive(path: Path) -> str | None:
     """Return why a zip archive cannot be converted, or None if it is a torch file with a pickle in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [name.split("/", 1)[-1] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    entries = archive_entries(path)
+    if entries is None:
         return "is damaged or cut short: its archive has no table of contents"
-    if "archive_format" in entries or "models/model.json" in entries or "serialized_exported_program.json" in entries:
-        return (
-            "is an exported program (.pt2), which this version cannot convert: "
-            "convert the module or its state dict, then export it again"
-        )
-    if "constants.pkl" in entries or any(entry.startswith("code/") for entry in entries):
-        return (
-            "is a TorchScript archive, which this version cannot convert: "
-            "convert the module or its state dict, then script or trace it again"
-        )
     if "data.pkl" not in entries:
         return "is a zip archive without data.pkl, so it was not written by torch.save"
     return None
+
+
+def archive_entries(path: Path) -> dict[str, str] | None:
+    """The entries of a zip archive of torch, without their first folder, and their full names.
+
+    Returns:
+        None if the archive cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
+    return {name.split("/", 1)[-1]: name for name in names}
 
 
 def _describe_folder(path: Path) -> str:

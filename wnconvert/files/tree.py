@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wnconvert.carriers.overlap import overlaps
 from wnconvert.files.entries import Entry
 
 _OPTIMIZER_NAME = re.compile(r"(^|[^a-z])optim(s|izers?)?([^a-z]|$)")
@@ -67,7 +68,13 @@ def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
         _take_tensors(tree, path, value, optimizer, names)
         inner = [((*path, str(key)), item, optimizer) for key, item in _items(value)]
         stack.extend(reversed(inner))
+    _mark_overlaps(tree)
     return tree
+
+
+def _mark_overlaps(tree: Tree) -> None:
+    shared = overlaps({entry.name: entry.load() for entry in tree.entries})
+    tree.entries[:] = [dataclasses.replace(entry, overlaps=shared.get(entry.name)) for entry in tree.entries]
 
 
 def is_optimizer(name: str, value: object) -> bool:

@@ -50,6 +50,13 @@ class Guess(NamedTuple):
 
     use: Use
     evidence: str
+    more: tuple[Use, ...] = ()
+    """Its other uses, where a network tells them."""
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """All of them."""
+        return self.use, *self.more
 
 
 def find(weights: Mapping[str, Weight]) -> dict[str, Guess]:

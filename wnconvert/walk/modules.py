@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,15 +10,18 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from wnconvert.kinds import MODULES, ModuleKind
-from wnconvert.sites import Axis, Use
+from wnconvert.sites import Use
+from wnconvert.walk import custom
+from wnconvert.walk.operands import output_axis
 
 
-def find_uses(root: nn.Module, split: Iterable[str] = ()) -> Iterator[Use]:
+def find_uses(root: nn.Module, split: Iterable[str] = (), *, try_layers: bool = True) -> Iterator[Use]:
     """Yield one use per weight of every known layer, in the order of the modules.
 
     Args:
         root: the whole network.
         split: full names of weights that are no parameters at present, because they are split.
+        try_layers: run layers with a forward pass of their own, to see what they do with their weight.
     """
     hidden: dict[str, list[str]] = {}
     for name in split:
@@ -30,29 +34,30 @@ def find_uses(root: nn.Module, split: Iterable[str] = ()) -> Iterator[Use]:
         own = [name for name, parameter in module._parameters.items() if parameter is not None]
         for leaf in (*own, *hidden.get(path, ())):
             if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in kind.weights) and not leaf.endswith(("_g", "_v")):
-                out_axis, groups = output_axis(kind.axis, kind.out_axis, getattr(module, "groups", 1))
-                yield Use(
-                    f"{path}.{leaf}".lstrip("."), kind.name, path or type(module).__name__, kind.axis, out_axis, groups
-                )
+                yield from _uses(path, module, kind, leaf, try_layers=try_layers)
+
+
+def _uses(path: str, module: nn.Module, kind: ModuleKind, leaf: str, *, try_layers: bool) -> Iterator[Use]:
+    root, where = f"{path}.{leaf}".lstrip("."), path or type(module).__name__
+    base = class_of(kind) if try_layers and leaf in module._parameters else None
+    seen = None if base is None else custom.uses_of(module, base, leaf)
+    if seen is not None:
+        yield from (dataclasses.replace(use, root=root, kind=kind.name, where=where) for use in seen)
+        return
+    out_axis, groups = output_axis(kind.axis, kind.out_axis, getattr(module, "groups", 1))
+    yield Use(root, kind.name, where, kind.axis, out_axis, groups)
 
 
 def kind_of(module: nn.Module) -> ModuleKind | None:
     """The row of the table that a module belongs to."""
     for kind in MODULES:
-        package, _, name = kind.path.rpartition(".")
-        # A class of a package that nobody imported has no instances.
-        cls = getattr(sys.modules.get(package), name, None)
+        cls = class_of(kind)
         if cls is not None and isinstance(module, cls):
             return kind
     return None
 
 
-def output_axis(axis: int, out_axis: int, groups: int) -> tuple[Axis, int]:
-    """Where the output units of a layer are, and in how many groups its weight must be seen for that.
-
-    A transposed convolution of several groups has shape `[in, out / groups, ...]`: an output unit is a pair of group
-    and index, and its vector runs over the inputs of that group.
-    """
-    if groups > 1 and axis != out_axis:
-        return (0, out_axis + 1), groups
-    return out_axis, 1
+def class_of(kind: ModuleKind) -> type[nn.Module] | None:
+    """The class of a row; None if nobody imported its package, so that it has no instances."""
+    package, _, name = kind.path.rpartition(".")
+    return getattr(sys.modules.get(package), name, None)

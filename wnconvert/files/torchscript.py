@@ -1,0 +1,124 @@
+"""TorchScript archives: `torch.jit.save` of a scripted or traced module.
+
+Reading, listing and editing one runs nothing of it: the code is parsed, and no class or function that its pickle names
+is imported. Only a result is loaded with torch.jit.load, to see that torch takes it, and a traced network is run on
+random inputs of the shapes it was traced with, to compare outputs. That runs its TorchScript code, which cannot call
+Python, but has operators that write files and may call operators of other libraries: an archive that names any of those
+is neither loaded nor run.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wnconvert import bits
+from wnconvert.carriers.torchscript import TorchScriptCarrier
+from wnconvert.carriers.torchscript.archive import Archive
+from wnconvert.errors import UsageError, VerificationError
+from wnconvert.files import safetensors, torchscript_run
+from wnconvert.files.entries import Entry
+from wnconvert.files.magnitudes import statistics
+from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+
+if TYPE_CHECKING:
+    from wnconvert.files import Document, ReadOptions
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file is a zip archive with code in it."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [name.split("/", 1)[-1] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return "archive_format" not in entries and any(entry.startswith("code/") for entry in entries)
+
+
+def read(path: Path, options: ReadOptions) -> TorchScriptDocument:
+    """Open an archive.
+
+    Raises:
+        InputError: it is damaged, too old, or its code cannot be parsed.
+        UsageError: a module is named that says what the layers are.
+    """
+    if options.arch is not None:
+        raise UsageError(f"{path}: --arch is for checkpoints; the code in a TorchScript archive says what it holds")
+    return TorchScriptDocument(path)
+
+
+class TorchScriptDocument:
+    """One open archive. See `Document`."""
+
+    format = "torchscript"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.carrier = TorchScriptCarrier(Archive(path, str(path)))
+        self.notes: list[str] = []
+
+    def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
+        """See `Document.magnitudes`."""
+        found = {}
+        for site in self.carrier.sites("torch"):
+            if site.state == "split":
+                described = statistics(self.carrier.read_pair(site)[0].double().numpy())
+                if described is not None:
+                    found[site.name] = described
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state dict."""
+        return self.carrier.state()
+
+    def save(self, folder: Path, name: str) -> None:
+        """See `Document.save`. After a split, this is the state dict, since an archive cannot hold a pair.
+
+        Raises:
+            VerificationError: torch cannot load the result, although it can load the input.
+        """
+        target = folder / name
+        if self.carrier.is_split:
+            _save_state(self.carrier.state(), target)
+            return
+        with target.open("wb") as file:
+            self.carrier.write(file)
+        problem = torchscript_run.cannot_load(target)
+        if problem is not None and torchscript_run.cannot_load(self.path) is None:
+            raise VerificationError(f"{self.path}: torch cannot load the result: {problem}")
+
+    def compare_outputs(self, other: Document) -> OutputCheck | None:
+        """Run both on random inputs like those with which they were traced."""
+        if not isinstance(other, TorchScriptDocument):
+            return None
+        return _fixed_tensors(self.carrier, other.carrier) or torchscript_run.compare(self.path, other.path)
+
+
+def _save_state(state: dict[str, Tensor], target: Path) -> None:
+    if target.suffix != ".safetensors":
+        torch.save(state, target)
+        return
+    rows = [
+        Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
+        for name, tensor in state.items()
+    ]
+    safetensors.write(target, rows, {"format": "pt"}, [])
+
+
+def _fixed_tensors(a: TorchScriptCarrier, b: TorchScriptCarrier) -> OutputCheck | None:
+    """Whether tensors that no state dict holds differ: two networks with other constants are not the same."""
+    left, right = a.fixed(), b.fixed()
+    for name in left.keys() & right.keys():
+        x, y = left[name](), right[name]()
+        same = x.shape == y.shape and x.dtype == y.dtype
+        if not same or not bits.same(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))):
+            return OutputCheck(False, note=f"{name}, which is no parameter or buffer, differs")
+    return None
