@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 _START = 512
@@ -11,7 +12,7 @@ _START = 512
 def describe(path: Path) -> str | None:
     """Return what is wrong with a file in one clause, or None if it is simply of no known format."""
     if path.is_dir():
-        return _describe_folder(path)
+        return "is a folder without an index of shards (model.safetensors.index.json); name the model file in it"
     with path.open("rb") as file:
         start = file.read(_START)
     if not start:
@@ -21,8 +22,6 @@ def describe(path: Path) -> str | None:
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not a model: the download went wrong"
-    if path.name.endswith(".index.json") and text.startswith(b"{"):
-        return "is an index of shards in torch's format; convert the shards to safetensors first"
     return None
 
 
@@ -30,9 +29,15 @@ def unreadable_archive(path: Path) -> str | None:
     """Return why a zip archive cannot be converted, or None if it is a torch file with a pickle in it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = [name.split("/", 1)[-1] for name in archive.namelist()]
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "is damaged or cut short: its archive has no table of contents"
+    return foreign_archive(names)
+
+
+def foreign_archive(names: Iterable[str]) -> str | None:
+    """The same for an archive with these records."""
+    entries = {name.split("/", 1)[-1] for name in names}
     if "archive_format" in entries or "models/model.json" in entries or "serialized_exported_program.json" in entries:
         return (
             "is an exported program (.pt2), which this version cannot convert: "
@@ -46,14 +51,3 @@ def unreadable_archive(path: Path) -> str | None:
     if "data.pkl" not in entries:
         return "is a zip archive without data.pkl, so it was not written by torch.save"
     return None
-
-
-def _describe_folder(path: Path) -> str:
-    if (path / ".metadata").is_file():
-        return (
-            "is a torch.distributed.checkpoint folder, which this version cannot convert: torch.distributed.checkpoint."
-            "format_utils.dcp_to_torch_save makes one file of it"
-        )
-    if any(path.glob("*.bin.index.json")):
-        return "holds shards in torch's format; convert them to safetensors first"
-    return "is a folder without an index of shards (model.safetensors.index.json); name the model file in it"

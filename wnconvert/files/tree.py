@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wnconvert.files.entries import Entry
+from wnconvert.files.entries import Entry, Raw
 
 _OPTIMIZER_NAME = re.compile(r"(^|[^a-z])optim(s|izers?)?([^a-z]|$)")
 
@@ -36,7 +38,29 @@ class Tree:
     holders: dict[int, dict[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
-def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
+class Source(Protocol):
+    """Where the tensors of a file are."""
+
+    def raw(self, tensor: Tensor) -> Raw | None:
+        """The bytes of a tensor in its logical order, if they are in a file like that."""
+
+    def look(self, tensor: Tensor) -> Tensor:
+        """The tensor, which is about to be read."""
+
+
+class Memory:
+    """Tensors that are in no file."""
+
+    def raw(self, tensor: Tensor) -> Raw | None:  # noqa: ARG002
+        """See `Source.raw`."""
+        return None
+
+    def look(self, tensor: Tensor) -> Tensor:
+        """See `Source.look`."""
+        return tensor
+
+
+def explore(root: object, *, drop_optimizer: bool = False, source: Source | None = None) -> Tree:
     """Walk through dicts, lists and tuples. Anything else is left as it is.
 
     A dict or module that is held in two places is listed once, under its first name.
@@ -44,7 +68,9 @@ def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
     Args:
         root: what torch.load gave.
         drop_optimizer: take optimizer state out of the dicts that hold it.
+        source: of the tensors, if that is a file.
     """
+    source = source or Memory()
     tree = Tree()
     names: set[str] = set()
     seen: set[int] = set()
@@ -64,7 +90,7 @@ def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
             continue
         if drop_optimizer and isinstance(value, dict) and not optimizer:
             _drop(tree, path, value)
-        _take_tensors(tree, path, value, optimizer, names)
+        _take_tensors(tree, path, value, optimizer=optimizer, names=names, source=source)
         inner = [((*path, str(key)), item, optimizer) for key, item in _items(value)]
         stack.extend(reversed(inner))
     return tree
@@ -79,6 +105,12 @@ def is_optimizer(name: str, value: object) -> bool:
     if isinstance(value, (list, tuple)) and value and all(is_optimizer("", item) for item in value):
         return True
     return isinstance(value, (dict, list, tuple)) and _OPTIMIZER_NAME.search(name.lower()) is not None
+
+
+def stored_size(entry: Entry) -> int:
+    """Bytes of the values of a tensor."""
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return math.prod(entry.shape) * dtype.itemsize
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -100,8 +132,10 @@ def _take_tensors(
     tree: Tree,
     path: tuple[str, ...],
     holder: dict[Any, Any] | list[Any] | tuple[Any, ...],
+    *,
     optimizer: bool,
     names: set[str],
+    source: Source,
 ) -> None:
     found = [(key, value) for key, value in _items(holder) if isinstance(value, Tensor) and _is_plain(value)]
     if not found:
@@ -118,7 +152,8 @@ def _take_tensors(
     target = tree.kept if optimizer else tree.entries
     for key, tensor in found:
         fixed = not (isinstance(holder, dict) and isinstance(key, str))
-        target.append(_entry(_named(prefix, key), prefix, id(holder), tensor, fixed))
+        entry = _entry(_named(prefix, key), prefix, id(holder), tensor, fixed)
+        target.append(dataclasses.replace(entry, load=functools.partial(source.look, tensor), raw=source.raw(tensor)))
 
 
 def _named(prefix: str, key: object) -> str:
