@@ -6,16 +6,19 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from wnconvert import bits, files
+from wnconvert import files
+from wnconvert.bits import differing_bits, ulp_distance
 from wnconvert.carriers import Carrier
 from wnconvert.errors import NothingToDo
 from wnconvert.files import ReadOptions
 from wnconvert.report.verdict import Comparison, Difference, Verdict
+from wnconvert.stream.plan import Compare, InFile, Pair, Stored
 from wnconvert.watch import SILENT, Watcher
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compare_files(a: Path, b: Path, reading: ReadOptions = ReadOptions(), watcher: Watcher = SILENT) -> Verdict:
@@ -48,7 +51,8 @@ def compare_files(a: Path, b: Path, reading: ReadOptions = ReadOptions(), watche
 
 
 def compare_weights(a: Carrier, b: Carrier, *, match_prefix: bool = False, watcher: Watcher = SILENT) -> Comparison:
-    """Compare every tensor of two networks, split weights multiplied back, one tensor in memory at a time.
+    """Compare every tensor of two networks, split weights multiplied back, one tensor in memory at a time,
+    or a piece of one where both sides lie in files.
 
     Args:
         a: one network.
@@ -61,36 +65,58 @@ def compare_weights(a: Carrier, b: Carrier, *, match_prefix: bool = False, watch
     if match_prefix:
         result.prefixes = _prefixes(left, right)
     other = {name.removeprefix(result.prefixes[1]): name for name in right}
-    for name in watcher.each(left):
-        match = other.pop(name.removeprefix(result.prefixes[0]), None)
-        if match is None:
-            result.only_a.append(name)
-            continue
-        x, y = left[name](), right[match]()
-        if x.shape != y.shape or x.dtype != y.dtype:
-            result.differing.append(Difference(name, 0, None))
-            continue
-        result.compared += 1
-        count = differing_bits(x, y)
-        if count:
-            result.differing.append(Difference(name, count, ulp_distance(x, y)))
+    matches = {name: other.pop(name.removeprefix(result.prefixes[0]), None) for name in left}
+    result.only_a = [name for name, match in matches.items() if match is None]
     result.only_b = list(other.values())
+    stored = [
+        Compare(name, *sides)
+        for name, match in matches.items()
+        if match is not None and (sides := _in_files(left[name], right[match])) is not None
+    ]
+    streamed = _compare_stored(stored, watcher)
+    for name in watcher.each([name for name in matches if name not in streamed]):
+        match = matches[name]
+        if match is not None:
+            streamed[name] = _compare_loaded(name, left[name](), right[match]())
+    result.compared = len(streamed)
+    found = (streamed[name] for name in matches if name in streamed)
+    result.differing = [difference for difference in found if difference is not None]
+    result.compared -= sum(not difference.comparable for difference in result.differing)
     return result
 
 
-def differing_bits(a: Tensor, b: Tensor) -> int:
-    """Number of elements of two tensors of one shape and dtype that differ in any bit (NaN equals the same NaN)."""
-    return int((_as_bits(a) != _as_bits(b)).sum())
-
-
-def ulp_distance(a: Tensor, b: Tensor) -> int | None:
-    """The largest number of representable values between two elements.
-
-    None for tensors that are not floating, and where one side has NaN or infinity and the other has not.
-    """
-    if not a.is_floating_point() or a.element_size() < 2 or bool((a.isfinite() != b.isfinite()).any()):
+def _in_files(a: object, b: object) -> tuple[Stored | Pair, Stored | Pair] | None:
+    """Both sides where they lie in files and can be compared a piece at a time."""
+    x, y = (side.source() if isinstance(side, InFile) else None for side in (a, b))
+    if x is None or y is None or _form(x) != _form(y):
         return None
-    return int((_ordered(a) - _ordered(b)).abs().max())
+    same_rows = not isinstance(x, Pair) or not isinstance(y, Pair) or x.g.shape == y.g.shape
+    return (x, y) if same_rows else None
+
+
+def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...]]:
+    stored = side.v if isinstance(side, Pair) else side
+    return stored.dtype, stored.shape
+
+
+def _compare_stored(tasks: list[Compare], watcher: Watcher) -> dict[str, Difference | None]:
+    if not tasks:
+        return {}
+    from wnconvert.stream import engine, work
+
+    results = engine.run(tasks, watcher)
+    found: dict[str, Difference | None] = {}
+    for i, task in enumerate(tasks):
+        mismatch = work.mismatch_of(results.get(i, []))
+        found[task.name] = None if mismatch is None else Difference(task.name, mismatch.values, mismatch.ulp)
+    return found
+
+
+def _compare_loaded(name: str, x: Tensor, y: Tensor) -> Difference | None:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return Difference(name, 0, None)
+    count = differing_bits(x, y)
+    return Difference(name, count, ulp_distance(x, y)) if count else None
 
 
 def _prefixes(left: Mapping[str, object], right: Mapping[str, object]) -> tuple[str, str]:
@@ -112,17 +138,3 @@ def _shared_prefix(names: Iterable[str]) -> str:
     low, high = min(heads), max(heads)
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
     return "".join(f"{part}." for part, _ in shared)
-
-
-def _as_bits(t: Tensor) -> Tensor:
-    t = t.detach().cpu().contiguous()
-    if t.is_complex():
-        t = torch.view_as_real(t).contiguous()
-    return t if t.dtype == torch.bool else bits.as_integers(t)
-
-
-def _ordered(t: Tensor) -> Tensor:
-    """Integers in the order of the floats: -0.0 and 0.0 both become 0."""
-    integers = _as_bits(t)
-    low = torch.iinfo(integers.dtype).min
-    return torch.where(integers < 0, low - integers.long(), integers.long())

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from wnconvert import weightnorm
-from wnconvert.carriers import Carrier
+from wnconvert.carriers import Carrier, DeferringCarrier
 from wnconvert.errors import NothingToDo, NotSplittable
 from wnconvert.report.model import Report, Row
-from wnconvert.sites import Dim, Scheme, Selection, Site
+from wnconvert.sites import Dim, RowCounts, Scheme, Selection, Site
+
+_NOTHING_TO_SPLIT = "no weight to split"
 
 _Item = TypeVar("_Item")
 Progress = Callable[[Iterable[_Item]], Iterable[_Item]]
@@ -32,10 +34,33 @@ def apply(
         NothingToDo: no weight was split.
     """
     sites = selection.apply(carrier.sites(dim))
-    rows = [_split(carrier, site, names, dry_run) for site in progress(sites)]
+    deferring = carrier if isinstance(carrier, DeferringCarrier) else None
+    rows = [_split(carrier, deferring, site, names, dry_run) for site in progress(sites)]
     report = Report("apply", rows, carrier.walker, carrier.walker_note, notes=_row_notes(rows))
-    _require_action(report, "split", "no weight to split")
+    _require_action(report, "split", _NOTHING_TO_SPLIT)
     return report
+
+
+def settle(report: Report, carrier: Carrier) -> None:
+    """Complete the report of `apply` by what was found out while the carrier was saved.
+
+    Raises:
+        NothingToDo: no weight was split after all.
+    """
+    outcomes = carrier.outcomes() if isinstance(carrier, DeferringCarrier) else {}
+    if not outcomes:
+        return
+    report.rows = [_settled(row, outcomes.get(row.site.name)) for row in report.rows]
+    report.notes += _row_notes([row for row in report.rows if row.site.name in outcomes])
+    _require_action(report, "split", _NOTHING_TO_SPLIT)
+
+
+def _settled(row: Row, outcome: RowCounts | str | None) -> Row:
+    if outcome is None:
+        return row
+    if isinstance(outcome, str):
+        return Row(row.site, "skipped", outcome)
+    return Row(row.site, "split", zero_rows=outcome.zero, scaled_rows=outcome.scaled)
 
 
 def fold(
@@ -86,12 +111,12 @@ def rename(
     return report
 
 
-def _split(carrier: Carrier, site: Site, names: Scheme, dry_run: bool) -> Row:
+def _split(carrier: Carrier, deferring: DeferringCarrier | None, site: Site, names: Scheme, dry_run: bool) -> Row:
     if site.state == "split":
         return Row(site, "skipped", site.skip or f"already split ({site.scheme or 'in the graph'})")
     if site.skip:
         return Row(site, "skipped", site.skip)
-    if dry_run:
+    if dry_run or (deferring is not None and deferring.defer_split(site, names)):
         return Row(site, "split")
     try:
         g, v = weightnorm.split(

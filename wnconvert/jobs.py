@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from wnconvert import compare, convert, files
+from wnconvert import compare, convert, files, ranks
 from wnconvert.errors import InputError, NothingToDo, PairError, UsageError, VerificationError
 from wnconvert.files import Document, ReadOptions
-from wnconvert.files.staging import Staging
+from wnconvert.files.staging import Staging, partial_folder
+from wnconvert.ranks import Ranks
 from wnconvert.report.model import Report
 from wnconvert.sites import Dim, Scheme, Selection
 from wnconvert.watch import SILENT, Watcher
@@ -30,6 +31,7 @@ class Job:
         dry_run: report what would be done, write nothing.
         overwrite: replace an existing output.
         check: read the result back and compare it before it appears under its name.
+        resume: go on from the shards that an interrupted run of the same job has finished.
     """
 
     command: str
@@ -40,6 +42,7 @@ class Job:
     dry_run: bool = False
     overwrite: bool = False
     check: bool = True
+    resume: bool = False
 
 
 def default_output(path: Path, command: str) -> Path:
@@ -73,6 +76,11 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
     """
     if job.command not in SUFFIX:
         raise UsageError(f"no such command: {job.command}; there are {', '.join(SUFFIX)}")
+    with ranks.joined() as crew:
+        return _convert_file(path, output, job, watcher, crew)
+
+
+def _convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher, crew: Ranks) -> Report:
     target = _target(path, output, job.command)
     if job.command == "apply":
         _require_carriable(path, output, target)
@@ -85,7 +93,7 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
         _describe(report, path, document)
         if not job.dry_run:
             report.output = str(target)
-            _write(path, target, document, job, watcher=watcher, report=report)
+            _write_together(path, target, document, job, watcher=watcher, report=report, crew=crew)
     except NothingToDo as nothing:
         if nothing.report is not None:
             _describe(nothing.report, path, document)
@@ -96,10 +104,39 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
     return report
 
 
-def _write(path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report) -> None:
-    with Staging(target) as staging:
+def _write_together(
+    path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report, crew: Ranks
+) -> None:
+    """Rank 0 writes, with the help of the others where the format allows it, and gives the result its name."""
+    if isinstance(document, files.Shared):
+        document.join(crew)
+    if crew.rank == 0:
+        _write(path, target, document, job, watcher=watcher, report=report, crew=crew)
+    else:
+        crew.together(_nothing)
+        if isinstance(document, files.Shared):
+            document.save(partial_folder(target), target.name)
+            convert.settle(report, document.carrier)
+
+
+def _nothing() -> None:
+    """What a rank does that only waits."""
+
+
+def _write(
+    path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report, crew: Ranks
+) -> None:
+    resumable = isinstance(document, files.Watched) and document.resumable
+    if job.resume and not resumable:
+        raise UsageError(f"{path}: --resume is for folders of safetensors shards")
+    with Staging(target, partial=resumable, resume=job.resume) as staging:
+        # The staging folder is there for all.
+        crew.together(_nothing)
         watcher.stage("writing")
+        if isinstance(document, files.Watched):
+            document.watch(watcher)
         document.save(staging.folder, target.name)
+        convert.settle(report, document.carrier)
         report.files = staging.sizes()
         _require_companions_free(staging, job.overwrite)
         if job.check:
@@ -146,7 +183,7 @@ def _folder_of(path: Path) -> Path | None:
     """The folder that an input of several files is, or None for a single file."""
     if path.is_dir():
         return path if path.name not in ("", "..") else path.resolve()
-    return path.absolute().parent if path.name.endswith(".safetensors.index.json") else None
+    return path.absolute().parent if path.name.endswith(".index.json") else None
 
 
 def _target(path: Path, output: Path | None, command: str) -> Path:

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from wnconvert.errors import PairError, UsageError
 
@@ -24,6 +24,16 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 Dim = int | None | Literal["torch", "out"]
 """Which axis to keep: as torch.nn.utils would, the output unit, a given axis, or None for the whole tensor."""
+
+
+class RowCounts(NamedTuple):
+    """What a split had to do to single rows, read off `g`."""
+
+    zero: int
+    """Rows of zeros: `g` is 0 and `v` is a random unit vector."""
+
+    scaled: int
+    """Rows whose `v` was scaled by a power of two, because their squares leave the range of the dtype."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,6 +131,9 @@ def pair_axis(g_shape: Sequence[int], v_shape: Sequence[int], name: str = "weigh
         PairError: no choice of axes gives `g` this shape.
     """
     g_shape, v_shape = tuple(g_shape), tuple(v_shape)
+    if len(g_shape) == len(v_shape) + 1 and g_shape[0] == 1:
+        # One group is no group.
+        g_shape = g_shape[1:]
     groups, seen = 1, v_shape
     if v_shape and g_shape and len(g_shape) == len(v_shape) + 1 and g_shape[0] > 0 and v_shape[0] % g_shape[0] == 0:
         groups, seen = g_shape[0], (g_shape[0], v_shape[0] // g_shape[0], *v_shape[1:])

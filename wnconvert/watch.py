@@ -17,6 +17,9 @@ class Watcher(Protocol):
     def each(self, items: Iterable[_Item]) -> Iterable[_Item]:
         """Pass the items of the present stage through, seeing how far it is."""
 
+    def bytes(self, done: int, total: int) -> None:
+        """The present stage has gone through so many bytes."""
+
 
 class _Silent:
     def stage(self, label: str) -> None:
@@ -24,6 +27,9 @@ class _Silent:
 
     def each(self, items: Iterable[_Item]) -> Iterable[_Item]:
         return items
+
+    def bytes(self, done: int, total: int) -> None:
+        pass
 
 
 SILENT: Watcher = _Silent()

@@ -13,15 +13,16 @@ elementwise additions only. Memory layout, block size, number of threads and dev
 from __future__ import annotations
 
 import math
-import zlib
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wnconvert import eager, powers, rows
+from wnconvert import eager, powers, rows, sums
+from wnconvert.directions import Direction, signed
 from wnconvert.errors import NotSplittable, PairError, UsageError
-from wnconvert.sites import Axis, pair_axis
+from wnconvert.sites import Axis, RowCounts, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
@@ -29,16 +30,6 @@ BLOCK = 1 << 19
 """Elements worked on at a time: 4 MB in float64, which stays in the cache and outweighs the calls into torch."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class RowCounts(NamedTuple):
-    """What `split` had to do to single rows, read off `g`."""
-
-    zero: int
-    """Rows of zeros: `g` is 0 and `v` is a random unit vector."""
-
-    scaled: int
-    """Rows whose `v` was scaled by a power of two, because their squares leave the range of the dtype."""
 
 
 def split(
@@ -49,6 +40,8 @@ def split(
     name: str = "weight",
     g_dtype: torch.dtype | None = None,
     block: int = BLOCK,
+    first: int = 0,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Split a weight into magnitude and direction so that `fold` gives it back bit for bit.
 
@@ -60,6 +53,8 @@ def split(
         name: seeds the direction of zero rows, so that the same file always gives the same bytes.
         g_dtype: dtype of `g` where it is not w's own (graphs that compute a half-type norm in float32).
         block: elements worked on at a time.
+        first: number of its first row, where `w` holds some rows of a larger weight: rows do not depend on one another.
+        overwrite: change single rows of `w` itself instead of a copy.
 
     Returns:
         `g`, with 1 on every reduced axis (0-d for axis None), and `v`, of w's shape. `v` shares the memory
@@ -77,26 +72,24 @@ def split(
     w = w.detach()
     view, kept, g_shape = rows.by_rows(w, axis, groups)
     norms = _norms(view, kept, block)
-    _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity")
-    g = norms.to(g_dtype or w.dtype)
-    _require(g.isfinite(), NotSplittable, f"the norm of row {{}} overflows {str(g.dtype).removeprefix('torch.')}")
-    low, high = powers.SAFE_NORM[w.dtype]
-    changed = ((norms == 0) | (norms < low) | (norms > high)).nonzero().flatten().tolist() if view.numel() else []
+    g, changed = slab_magnitudes(norms, g_dtype or w.dtype, w.dtype, first)
     v = w
-    if changed:
-        v = w.clone(memory_format=torch.preserve_format)
+    if changed and view.numel():
+        v = w if overwrite else w.clone(memory_format=torch.preserve_format)
         target = rows.by_rows(v, axis, groups)[0]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for row in changed:
             index = rows.row_index(row, view.shape[:kept])
             if norms[row] == 0:
-                target[index] = _random_direction(view[index], generator)
+                (direction,) = Direction(name, first + row, view[index].numel()).pieces(view[index].numel())
+                target[index] = signed(direction, view[index])
             else:
-                target[index] = powers.scaled_direction(view[index], float(norms[row]), row)
+                target[index] = powers.scaled_direction(view[index], float(norms[row]), first + row)
     return g.reshape(g_shape), v
 
 
-def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> Tensor:
+def fold(
+    g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK, first: int = 0, overwrite: bool = False
+) -> Tensor:
     """Multiply magnitude and direction back into one weight, each element rounded once.
 
     Rows that `split` had to scale by a power of two (their norm leaves the range in which a runtime can square it) come
@@ -107,26 +100,28 @@ def fold(g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK) -> T
         v: directions.
         name: named in the error.
         block: elements worked on at a time.
+        first: number of its first row, where the pair holds some rows of a larger one.
+        overwrite: put the result into `v` itself.
 
     Returns:
-        A new tensor of v's shape, dtype and memory format.
+        A tensor of v's shape, dtype and memory format, new unless it is `v`.
 
     Raises:
         PairError: the shapes or dtypes are not a pair, a value is NaN or infinite, or a row of `v` is zero where `g`
             is not.
     """
-    groups, axis = _open_pair(g, v, name)
+    groups, axis = _open_pair(g, v, name, first)
     g, v = g.detach().reshape(-1), v.detach()
-    w = torch.empty_like(v, memory_format=torch.preserve_format)
+    w = v if overwrite else torch.empty_like(v, memory_format=torch.preserve_format)
     view, kept, _ = rows.by_rows(v, axis, groups)
     out = rows.by_rows(w, axis, groups)[0]
-    scratch, first = _scratch(v, block), 0
+    scratch, done = _scratch(v, block), 0
     for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
         norm = _norm(part, kept, scratch)
-        magnitude = g[first : first + norm.numel()]
-        _require_directions(norm, magnitude, name, first)
+        magnitude = g[done : done + norm.numel()]
+        _require_directions(norm, magnitude, name, first + done)
         _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
-        first += norm.numel()
+        done += norm.numel()
     return w
 
 
@@ -137,7 +132,7 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     _require_directions(_norms(view, kept, BLOCK), g.detach().reshape(-1), name)
 
 
-def _open_pair(g: Tensor, v: Tensor, name: str) -> tuple[int, Axis]:
+def _open_pair(g: Tensor, v: Tensor, name: str, first: int = 0) -> tuple[int, Axis]:
     groups, axis = pair_axis(g.shape, v.shape, name)
     if v.dtype not in DTYPES or g.dtype not in DTYPES:
         raise PairError(
@@ -145,15 +140,92 @@ def _open_pair(g: Tensor, v: Tensor, name: str) -> tuple[int, Axis]:
         )
     if v.is_meta or v.layout != torch.strided:
         raise PairError(f"{name}: v {'has no data (meta device)' if v.is_meta else f'is {v.layout}, not strided'}")
-    g = g.detach().reshape(-1)
-    _require(g.isfinite(), PairError, f"{name}: row {{}} of g is NaN or infinite")
-    _require(g.to(v.dtype).isfinite(), PairError, f"{name}: row {{}} of g overflows the {v.dtype} of v")
+    _require_magnitudes(g.detach().reshape(-1), v.dtype, name, first)
     return groups, axis
+
+
+def _require_magnitudes(g: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> None:
+    _require(g.isfinite(), PairError, f"{name}: row {{}} of g is NaN or infinite", first)
+    _require(g.to(dtype).isfinite(), PairError, f"{name}: row {{}} of g overflows the {dtype} of v", first)
 
 
 def _require_directions(norm: Tensor, g: Tensor, name: str, first: int = 0) -> None:
     _require(norm.isfinite(), PairError, f"{name}: row {{}} of v holds NaN or infinity", first)
     _require((norm != 0) | (g == 0), PairError, f"{name}: row {{}} of v is zero but its g is not", first)
+
+
+def _out_of_range(norms: Tensor, dtype: torch.dtype) -> list[int]:
+    """Rows that need another `v` than their own values."""
+    low, high = powers.SAFE_NORM[dtype]
+    return cast("list[int]", ((norms == 0) | (norms < low) | (norms > high)).nonzero().flatten().tolist())
+
+
+def slab_norms(read: Callable[[int, int], Tensor], columns: int, dtype: torch.dtype, *, width: int) -> Tensor:
+    """The float64 norms of some rows, bit for bit, that are read a few columns at a time.
+
+    Args:
+        read: gives a new float64 tensor `[rows, stop - start]` with the columns `start..stop` of the rows.
+        columns: of the rows.
+        dtype: of the weight.
+        width: columns to read at a time.
+    """
+    exponent: Tensor | None = None
+    if dtype == torch.float64:
+        largest = torch.zeros((), dtype=dtype)
+        for start in range(0, columns, width):
+            x = read(start, min(start + width, columns))
+            largest = torch.maximum(largest, torch.maximum(x.amax(1), -x.amin(1)))
+        exponent = powers.exponents(largest.reshape(-1, 1), 1).reshape(-1, 1)
+    totals = torch.empty(0, dtype=torch.float64)
+    for i, start in enumerate(range(0, columns, rows.SEGMENT)):
+        total = _segment_total(read, start, min(start + rows.SEGMENT, columns), exponent, width)
+        if not i:
+            # Made once: small tensors that stay would scatter the large ones between them over the heap.
+            totals = torch.empty(total.shape[0], -(-columns // rows.SEGMENT), dtype=torch.float64)
+        totals[:, i] = total
+    norm = sums.tree(totals).sqrt()
+    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
+
+
+def _segment_total(
+    read: Callable[[int, int], Tensor], start: int, stop: int, exponent: Tensor | None, width: int
+) -> Tensor:
+    def squares(first: int, last: int) -> Tensor:
+        x = read(start + first, start + last)
+        return (x if exponent is None else powers.ldexp(x, -exponent)).square_()
+
+    return sums.tree_by_pieces(squares, stop - start, width)
+
+
+def slab_magnitudes(norms: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
+    """What `split` makes of the norms of some rows: `g` as one axis, and the rows that need another `v`.
+
+    Raises:
+        NotSplittable: see `split`.
+    """
+    _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
+    g = norms.to(g_dtype)
+    _require(
+        g.isfinite(), NotSplittable, f"the norm of row {{}} overflows {str(g.dtype).removeprefix('torch.')}", first
+    )
+    return g, _out_of_range(norms, dtype)
+
+
+def require_slab(g: Tensor, norms: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:
+    """Raise the `PairError` that `fold` would raise for rows with these norms."""
+    _require_magnitudes(g, dtype, name, first)
+    _require_directions(norms, g, name, first)
+
+
+def fold_slab(g: Tensor, v: Tensor, norms: Tensor) -> None:
+    """Put the folded columns `v`, some columns of rows with these norms, into `v` itself.
+
+    Args:
+        g: as one axis.
+        v: `[rows, ...]`.
+        norms: of the whole rows, as one axis.
+    """
+    _fold_part(g, v, norms, v, kept=1, scratch=_scratch(v, v.numel()))
 
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
@@ -269,8 +341,8 @@ def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=part.device)
     # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
     exponent = powers.exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
-    sums = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
-    for i in range(sums.shape[1]):
+    totals = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
+    for i in range(totals.shape[1]):
         start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
         if count > 1:
             shaped, segment = rows.workspace(scratch, part, kept)
@@ -280,24 +352,20 @@ def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
             rows.copy_range(part, start, stop, segment[0])
         if exponent is not None:
             segment.copy_(powers.ldexp(segment, -exponent))
-        sums[:, i] = _tree(segment.square_())
-    norm = _tree(sums).sqrt()
+        totals[:, i] = sums.tree(segment.square_())
+    norm = sums.tree(totals).sqrt()
     return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
-
-
-def _tree(x: Tensor) -> Tensor:
-    """Sum over axis 1 by adding the upper half to the lower half until one column is left. Overwrites `x`."""
-    n = x.shape[1]
-    while n > 1:
-        half = (n + 1) // 2
-        x[:, : n - half] += x[:, half:n]
-        n = half
-    return x[:, 0]
 
 
 def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
     """Write the folded rows of one part into `out`, a piece at a time if it is one long row. Overwrites `scratch`."""
-    multiply, divide = _factors(g, norm, v.dtype)
+    fresh = norm.to(g.dtype) == g
+    if bool(fresh.all()):
+        # The result may go into v itself.
+        if out.data_ptr() != v.data_ptr():
+            out.copy_(v)
+        return
+    multiply, divide = _factors(g, norm, v.dtype, fresh)
     # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
     wide = (multiply.abs() > 2.0**400) | (divide > 2.0**400) | (divide < 2.0**-400)
     extreme = v.dtype == torch.float64 and bool(wide.any())
@@ -312,25 +380,17 @@ def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, sc
             y.copy_(torch.where(wide, multiply * (x / divide), w) if extreme else w)
 
 
-def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """Per row, what to multiply `v` by and then divide it by: `(g, ||v||)`, or a pair that gives `w` exactly.
 
     - Where `g` is the rounded norm, nothing has trained: `(1, 1)`. That includes rows of zeros.
     - Where `split` scaled `v` by a power of two: that power, taken back.
     """
-    fresh = norm.to(g.dtype) == g
     power = powers.recognise(g, norm, dtype)
     first, second = powers.factors(power)
     multiply = torch.where(power != 0, first, g.double())
     divide = torch.where(power != 0, 1 / second, norm)
     return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)
-
-
-def _random_direction(w: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector with the signs of the zeros in `w`, so that `0 * v` gives each zero back with its sign."""
-    sample = torch.rand(w.shape, generator=generator, dtype=torch.float64) + 2**-10
-    direction = sample / torch.linalg.vector_norm(sample)
-    return torch.copysign(direction.to(w.device), w.double()).to(w.dtype)
 
 
 def _require(good: Tensor, error: type[Exception], message: str, first: int = 0) -> None:

@@ -6,9 +6,9 @@ A carrier finds uses, and reads and writes tensors by site. It never computes. O
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from wnconvert.sites import Dim, Scheme, Site
+from wnconvert.sites import Dim, RowCounts, Scheme, Site
 
 if TYPE_CHECKING:
     import torch
@@ -49,3 +49,14 @@ class Carrier(Protocol):
 
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
         """Every tensor of the network by its plain name, pairs multiplied back. This is what `verify` compares."""
+
+
+@runtime_checkable
+class DeferringCarrier(Carrier, Protocol):
+    """A carrier that can leave a split to whoever saves it, so that no tensor is read before."""
+
+    def defer_split(self, site: Site, scheme: Scheme) -> bool:
+        """Put a pair in the place of a weight and everything tied to it. False if the values are needed now."""
+
+    def outcomes(self) -> Mapping[str, RowCounts | str]:
+        """What the deferred splits came to by site name, once saved: counts, or why the weight stayed as it was."""

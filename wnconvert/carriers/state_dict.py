@@ -6,19 +6,25 @@ Nothing is computed or read until a tensor is asked for, and nothing here import
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from wnconvert import names
 from wnconvert.carriers.plain_view import PlainView
 from wnconvert.files.entries import Entry
-from wnconvert.sites import Dim, Scheme, Site
+from wnconvert.sites import Dim, RowCounts, Scheme, Site
+from wnconvert.stream.plan import Half, InFile, Pair, Stored
 from wnconvert.walk import keys
 from wnconvert.walk.keys import Guess, Weight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+_SPLITTABLE = ("float64", "float32", "float16", "bfloat16")
+_PARTS: tuple[Literal["g", "v"], ...] = ("g", "v")
 
 
 class Walker(Protocol):
@@ -50,14 +56,25 @@ class KeyWalker:
 class StateDictCarrier:
     """Entries of a checkpoint. A pair stands where its weight stood, a weight where the first of its pair stood."""
 
-    def __init__(self, entries: Iterable[Entry], *, others: Iterable[Entry] = (), walker: Walker | None = None) -> None:
+    def __init__(
+        self,
+        entries: Iterable[Entry],
+        *,
+        others: Iterable[Entry] = (),
+        walker: Walker | None = None,
+        streamed: bool = False,
+    ) -> None:
         """Take the entries of a file.
 
         Args:
             entries: the tensors of its networks, in order, under unique names.
             others: tensors that are no weights (optimizer state): kept, and compared by `verify`.
             walker: tells the layers; goes by the keys if None.
+            streamed: whoever saves the entries makes halves and folds from where they lie.
         """
+        self._streamed = streamed
+        self._deferred: dict[str, list[tuple[Entry, str]]] = {}
+        self._outcomes: dict[str, RowCounts | str] = {}
         self._walker = walker or KeyWalker()
         self.walker, self.walker_note = self._walker.name, self._walker.note
         # What stood at each position of the input, and what stands there now.
@@ -102,6 +119,52 @@ class StateDictCarrier:
         """None: a checkpoint stores g as the module does that will load it."""
         return None
 
+    def defer_split(self, site: Site, scheme: Scheme) -> bool:
+        """See `DeferringCarrier.defer_split`."""
+        olds = [self._entry(name) for name in (site.name, *site.tied)]
+        if not self._streamed or site.dtype not in _SPLITTABLE or any(old.raw is None for old in olds):
+            return False
+        self._deferred[site.name] = [(old, names.spell(old.name, scheme)[0]) for old in olds]
+        split = _Split(olds[0].load, site)
+        for old in olds:
+            stored = old.stored
+            if stored is None:
+                continue
+            halves = []
+            for part, key in zip(_PARTS, names.spell(old.name, scheme), strict=True):
+                made = Half(site.name, part, stored, site.axis, site.groups)
+                shape = site.g_shape if part == "g" else old.shape
+                load = functools.partial(split, part)
+                alias = old.alias and (part, old.alias)
+                halves.append(
+                    dataclasses.replace(old, name=key, shape=shape, load=load, raw=None, alias=alias, made=made)
+                )
+            self._replace(old.name, halves)
+        return True
+
+    def settle(self, name: str, outcome: RowCounts | str) -> None:
+        """Say what a deferred split came to. A reason instead of counts takes it back.
+
+        Args:
+            name: of the site.
+            outcome: rows that were changed, or why the weight cannot be split.
+        """
+        if name in self._outcomes:
+            return
+        self._outcomes[name] = outcome
+        if not isinstance(outcome, str):
+            return
+        for old, g in self._deferred[name]:
+            position = self._slot_of[g]
+            for entry in self._slots[position]:
+                self._slot_of.pop(entry.name)
+            self._slots[position] = [old]
+            self._slot_of[old.name] = position
+
+    def outcomes(self) -> Mapping[str, RowCounts | str]:
+        """See `DeferringCarrier.outcomes`."""
+        return self._outcomes
+
     def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
         """See `Carrier.put_pair`."""
         unchanged = self._read is not None and self._read[0] == site.name and _same_memory(self._read[1], v)
@@ -125,6 +188,8 @@ class StateDictCarrier:
             g, v = (self._entry(key) for key in names.spell(name, site.scheme or "legacy"))
             alias = v.alias and ("w", v.alias)
             folded = dataclasses.replace(v, name=name, load=weight, raw=None, alias=alias)
+            if self._streamed and g.stored is not None and v.stored is not None:
+                folded = dataclasses.replace(folded, made=Pair(site.name, g.stored, v.stored))
             first, second = g, v
             # In another container than v, g cannot stand for the weight: the bulk of the data stays where it was.
             if g.home != v.home or self._position(v) < self._position(g):
@@ -147,8 +212,8 @@ class StateDictCarrier:
         for pair in view.pairs.values():
             if pair.problem is None:
                 halves |= {pair.g, pair.v}
-                found[pair.name] = _Fold(pair.name, view.entries[pair.g].load, view.entries[pair.v].load)
-        return found | {name: entry.load for name, entry in view.entries.items() if name not in halves}
+                found[pair.name] = _Fold(pair.name, view.entries[pair.g], view.entries[pair.v])
+        return found | {name: _Plain(entry) for name, entry in view.entries.items() if name not in halves}
 
     def _entry(self, name: str) -> Entry:
         return next(entry for entry in self._slots[self._slot_of[name]] if entry.name == name)
@@ -167,16 +232,45 @@ class StateDictCarrier:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Fold:
+class _Fold(InFile):
     name: str
-    g: Callable[[], Tensor]
-    v: Callable[[], Tensor]
+    g: Entry
+    v: Entry
+
+    def source(self) -> Pair | None:
+        """See `InFile.source`."""
+        g, v = self.g.stored, self.v.stored
+        return None if g is None or v is None else Pair(self.name, g, v)
 
     def __call__(self) -> Tensor:
         # Here and not above: listing a checkpoint must not import torch.
         from wnconvert import weightnorm
 
-        return weightnorm.fold(self.g(), self.v(), name=self.name)
+        return weightnorm.fold(self.g.load(), self.v.load(), name=self.name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plain(InFile):
+    entry: Entry
+
+    def source(self) -> Stored | None:
+        """See `InFile.source`."""
+        return self.entry.stored
+
+    def __call__(self) -> Tensor:
+        return self.entry.load()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Split:
+    weight: Callable[[], Tensor]
+    site: Site
+
+    def __call__(self, part: str) -> Tensor:
+        from wnconvert import weightnorm
+
+        g, v = weightnorm.split(self.weight(), self.site.axis, groups=self.site.groups, name=self.site.name)
+        return g if part == "g" else v
 
 
 def _spelled(site: Site) -> tuple[str, str]:

@@ -27,6 +27,7 @@ def convert(
             dry_run=given["dry_run"],
             overwrite=given["overwrite"],
             check=not given["no_verify"],
+            resume=given["resume"],
         )
         report = jobs.convert_file(model, given["output"], job, watcher)
     return of_report(report, verbose=given["verbose"], dry_run=given["dry_run"])

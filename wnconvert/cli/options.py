@@ -56,6 +56,7 @@ def writing(verb: Verb) -> Verb:
             show_default=True,
             help="Optimizer state in a training checkpoint; it does not match the new parameters.",
         ),
+        click.option("--resume", is_flag=True, help="Go on from the shards that an interrupted run has finished."),
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing."),
         click.option(

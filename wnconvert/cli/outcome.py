@@ -22,6 +22,7 @@ import click
 
 from wnconvert import __version__
 from wnconvert.errors import NothingToDo, WnconvertError
+from wnconvert.ranks import rank_of
 from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
@@ -150,11 +151,19 @@ def _error(message: str, code: int) -> dict[str, Any]:
 def _say(message: str, code: int) -> int:
     from wnconvert.report.text import safe
 
-    click.echo(f"wnconvert: {safe(message)}", err=True)
+    if not _is_helper():
+        click.echo(f"wnconvert: {safe(message)}", err=True)
     return code
 
 
+def _is_helper() -> bool:
+    """Whether another process speaks for this one."""
+    return (rank_of() or 0) > 0
+
+
 def _show(given: dict[str, Any], data: dict[str, Any], draw: Callable[[int, bool], str] | None) -> None:
+    if _is_helper():
+        return
     if given["as_json"]:
         _write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
     elif draw is not None and not given["quiet"]:

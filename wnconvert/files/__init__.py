@@ -9,12 +9,14 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from wnconvert.carriers import Carrier
 from wnconvert.errors import InputError
 from wnconvert.files import sniff
+from wnconvert.ranks import Ranks
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+from wnconvert.watch import Watcher
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +61,28 @@ class Document(Protocol):
         """Run both files on the same random inputs, or None where this format cannot be run."""
 
 
+@runtime_checkable
+class Watched(Protocol):
+    """A document whose saving takes long enough to be followed.
+
+    Attributes:
+        resumable: it notes what is done in the staging folder, so that a later run can go on from there.
+    """
+
+    resumable: bool
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` from now on how far saving is."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A document that several processes can save together. Every one of them calls `save`."""
+
+    def join(self, ranks: Ranks) -> None:
+        """Save only the share of this rank from now on; rank 0 also what there is only one of."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Format:
     """One row of the table.
@@ -82,6 +106,8 @@ class Format:
 FORMATS: tuple[Format, ...] = (
     Format("safetensors", (".safetensors",), "wnconvert.files.safetensors"),
     Format("safetensors-sharded", (".safetensors.index.json",), "wnconvert.files.sharded", folders=True),
+    Format("torch-sharded", (".bin.index.json",), "wnconvert.files.torch_sharded", folders=True),
+    Format("dcp", (".distcp",), "wnconvert.files.dcp", folders=True),
     Format("onnx", (".onnx",), "wnconvert.files.onnx"),
     Format(
         "torchscript",

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from wnconvert.files.raw import Raw
+from wnconvert.stream.plan import Half, Pair, Stored
+
+__all__ = ["Entry", "Raw"]
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Raw:
-    """The bytes of a tensor in a file, which can be copied without looking at them."""
-
-    path: Path
-    start: int
-    size: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +30,7 @@ class Entry:
         requires_grad: of an `nn.Parameter`; None for a plain tensor.
         raw: where its bytes are, while they are those of the input.
         overlaps: another tensor that holds some of its elements in another form (transposed, a slice), or None.
+        made: what its bytes are made of where the engine makes them; None where `load` does.
         fixed: it has no name of its own (an element of a list), so it cannot become two tensors.
     """
 
@@ -48,7 +44,13 @@ class Entry:
     requires_grad: bool | None = None
     raw: Raw | None = None
     overlaps: str | None = None
+    made: Pair | Half | None = None
     fixed: bool = False
+
+    @property
+    def stored(self) -> Stored | None:
+        """Where it lies in a file, while it is that of the input."""
+        return None if self.raw is None else Stored(self.raw, self.dtype, self.shape)
 
     @property
     def key(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,11 +16,33 @@ from wnconvert.files.tree import Tree, memory_of
 _Items = list[tuple[Any, Any]]
 
 
+class Maker(Protocol):
+    """Makes the tensors that the file did not hold."""
+
+    def new(self, entry: Entry) -> Tensor:
+        """The tensor of an entry that was converted."""
+
+    def copy(self, view: Tensor) -> Tensor:
+        """A tensor of the file, in a storage of its own."""
+
+
+class InMemory:
+    """Makes them at once."""
+
+    def new(self, entry: Entry) -> Tensor:
+        """See `Maker.new`."""
+        return entry.load()
+
+    def copy(self, view: Tensor) -> Tensor:
+        """See `Maker.copy`."""
+        return view.detach().clone()
+
+
 @contextlib.contextmanager
-def refilled(tree: Tree, carrier: StateDictCarrier) -> Iterator[None]:
+def refilled(tree: Tree, carrier: StateDictCarrier, maker: Maker) -> Iterator[None]:
     """For as long as the context lasts, the dicts of a checkpoint hold what its carrier holds now."""
     before = {home: list(holder.items()) for home, holder in tree.holders.items()}
-    refill(tree, carrier)
+    refill(tree, carrier, maker)
     try:
         yield
     finally:
@@ -28,9 +50,9 @@ def refilled(tree: Tree, carrier: StateDictCarrier) -> Iterator[None]:
             _set_items(holder, before[home])
 
 
-def refill(tree: Tree, carrier: StateDictCarrier) -> None:
+def refill(tree: Tree, carrier: StateDictCarrier, maker: Maker | None = None) -> None:
     """Make the dicts of a checkpoint hold what its carrier holds now."""
-    value_of = _Values(tree.entries, carrier)
+    value_of = _Values(tree.entries, carrier, maker or InMemory())
     now = {(entry.home, entry.key): slot for entry, slot in zip(tree.entries, carrier.slots(), strict=True)}
     for home, holder in tree.holders.items():
         items: _Items = []
@@ -52,32 +74,36 @@ def _set_items(holder: dict[Any, Any], items: _Items) -> None:
 class _Values:
     """Gives the tensor of an entry. Names that share a tensor are given the same object."""
 
-    def __init__(self, before: list[Entry], carrier: StateDictCarrier) -> None:
-        self._made: dict[tuple[Callable[[], Tensor], bool | None], Tensor] = {}
-        self._loaded: dict[Callable[[], Tensor], Tensor] = {}
+    def __init__(self, before: list[Entry], carrier: StateDictCarrier, maker: Maker) -> None:
+        self._maker = maker
+        self._made: dict[tuple[Hashable, bool | None], Tensor] = {}
+        self._new: dict[Hashable, Tensor] = {}
         self._copies: dict[object, Tensor] = {}
         self._original = {entry.load for entry in before}
         self._torn = _torn_storages(before, list(carrier.entries()))
 
     def __call__(self, entry: Entry) -> Tensor:
-        made = self._made.get((entry.load, entry.requires_grad))
+        # Tied names are made of the same.
+        key = (entry.made or entry.load, entry.requires_grad)
+        made = self._made.get(key)
         if made is None:
-            made = self._make(entry)
-            self._made[entry.load, entry.requires_grad] = made
+            made = self._made[key] = self._make(entry)
         return made
 
     def _make(self, entry: Entry) -> Tensor:
-        # Once, also where one name of a tensor is a parameter and another is not.
-        value = self._loaded.get(entry.load)
-        if value is None:
-            value = self._loaded[entry.load] = entry.load()
         if entry.load not in self._original:
+            # Once, also where one name of a tensor is a parameter and another is not.
+            source = entry.made or entry.load
+            value = self._new.get(source)
+            if value is None:
+                value = self._new[source] = self._maker.new(entry)
             return value if entry.requires_grad is None else nn.Parameter(value, entry.requires_grad)
+        value = entry.load()
         if _storage(value) not in self._torn:
             return value
         memory = memory_of(value)
         if memory not in self._copies:
-            self._copies[memory] = value.detach().clone()
+            self._copies[memory] = self._maker.copy(value)
         copy = self._copies[memory]
         return copy if entry.requires_grad is None else nn.Parameter(copy, entry.requires_grad)
 

@@ -1,11 +1,11 @@
-"""`.safetensors` files: read by their header, written tensor by tensor."""
+"""`.safetensors` files: read by their header, written a block at a time."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -13,10 +13,13 @@ import numpy as np
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError
 from wnconvert.files import safetensors_header as header
+from wnconvert.files import streamed
 from wnconvert.files.entries import Entry, Raw
 from wnconvert.files.magnitudes import statistics
 from wnconvert.files.mapped import MappedFile
+from wnconvert.files.streamed import Output
 from wnconvert.walk.arch import walker_for
+from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
-_CHUNK = 8 << 20
 _NUMPY = {name: np.dtype(name) for name in ("float64", "float32", "float16")} | {
     "bfloat16": np.dtype(ml_dtypes.bfloat16)
 }
@@ -45,20 +47,25 @@ def read(path: Path, options: ReadOptions) -> SafetensorsDocument:
     if not parsed.tensors:
         raise InputError(f"{path}: holds no tensors")
     mapped = MappedFile(path)
-    carrier = StateDictCarrier(entries(mapped, parsed), walker=walker_for(options.arch, path))
-    return SafetensorsDocument(carrier, parsed.metadata, mapped)
+    carrier = StateDictCarrier(entries(mapped, parsed), walker=walker_for(options.arch, path), streamed=True)
+    return SafetensorsDocument(carrier, parsed.metadata)
 
 
 class SafetensorsDocument:
     """One open file. See `Document`."""
 
     format = "safetensors"
+    resumable = False
 
-    def __init__(self, carrier: StateDictCarrier, metadata: Mapping[str, str] | None, mapped: MappedFile) -> None:
+    def __init__(self, carrier: StateDictCarrier, metadata: Mapping[str, str] | None) -> None:
         self.notes: list[str] = []
         self.carrier = carrier
         self._metadata = metadata
-        self._mapped = mapped
+        self._watcher = SILENT
+
+    def watch(self, watcher: Watcher) -> None:
+        """See `Watched.watch`."""
+        self._watcher = watcher
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
@@ -70,7 +77,7 @@ class SafetensorsDocument:
 
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`."""
-        write(folder / name, list(self.carrier.entries()), self._metadata, [self._mapped])
+        streamed.write(Output(folder / name, self._metadata, self.carrier.entries), self.carrier, self._watcher)
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
@@ -88,32 +95,6 @@ def entries(mapped: MappedFile, parsed: header.Header, home: str | None = None) 
             home=home,
             raw=Raw(mapped.path, tensor.start, tensor.size),
         )
-
-
-def write(path: Path, entries: list[Entry], metadata: Mapping[str, str] | None, sources: Iterable[MappedFile]) -> None:
-    """Write a file. Tensors that did not change are copied byte by byte, the others computed one at a time.
-
-    Args:
-        path: to write.
-        entries: the tensors, in order.
-        metadata: goes into the header.
-        sources: what the tensors are computed from; their memory is given back after each.
-    """
-    rows = [(entry.name, entry.dtype, entry.shape, stored_size(entry)) for entry in entries]
-    with path.open("wb") as file:
-        file.write(header.render(rows, metadata))
-        for entry in entries:
-            if entry.raw:
-                _copy(entry.raw, file)
-                continue
-            file.write(_bytes_of(entry.load()))
-            for source in sources:
-                source.release()
-
-
-def stored_size(entry: Entry) -> int:
-    """Bytes that a tensor takes in the file."""
-    return entry.raw.size if entry.raw else header.size_in_bytes(entry.dtype, entry.shape)
 
 
 def magnitudes(carrier: StateDictCarrier) -> dict[str, MagnitudeStatistics]:
@@ -138,21 +119,3 @@ def _load(mapped: MappedFile, tensor: header.Tensor) -> Tensor:
         return mapped.tensor(dtype, tensor.shape, tensor.start, tensor.size)
     # A dtype that torch does not have: its bytes can still be compared.
     return mapped.tensor(torch.uint8, (tensor.size,), tensor.start, tensor.size)
-
-
-def _copy(raw: Raw, file: IO[bytes]) -> None:
-    left = raw.size
-    with raw.path.open("rb") as source:
-        source.seek(raw.start)
-        while left:
-            chunk = source.read(min(left, _CHUNK))
-            if not chunk:
-                raise InputError(f"{raw.path}: became shorter while it was read")
-            file.write(chunk)
-            left -= len(chunk)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -12,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError, UsageError
-from wnconvert.files import safetensors
+from wnconvert.files import safetensors, streamed
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
+from wnconvert.files.finished import Finished, mark_of
 from wnconvert.files.mapped import MappedFile
+from wnconvert.files.streamed import Output
+from wnconvert.ranks import ALONE, Ranks, shares
+from wnconvert.sites import RowCounts
 from wnconvert.walk.arch import walker_for
+from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +56,7 @@ class ShardedDocument:
     """One open folder. See `Document`."""
 
     format = "safetensors-sharded"
+    resumable = True
 
     def __init__(
         self, index_path: Path, index: dict[str, Any], shards: Mapping[str, header.Header], options: ReadOptions
@@ -58,8 +66,21 @@ class ShardedDocument:
         self._index = index
         self._shards = shards
         self._mapped = {name: MappedFile(self._folder / name) for name in shards}
-        self.carrier = StateDictCarrier(self._entries(), walker=walker_for(options.arch, self._folder))
+        self.carrier = StateDictCarrier(self._entries(), walker=walker_for(options.arch, self._folder), streamed=True)
         self.notes = list(self._notes())
+        self._watcher = SILENT
+        self._ranks = ALONE
+        # The carrier keeps its slots in the order of the entries, shard after shard.
+        ends = list(itertools.accumulate(len(parsed.tensors) for parsed in shards.values()))
+        self._ranges = dict(zip(shards, zip([0, *ends], ends, strict=False), strict=True))
+
+    def join(self, ranks: Ranks) -> None:
+        """See `Shared.join`."""
+        self._ranks = ranks
+
+    def watch(self, watcher: Watcher) -> None:
+        """See `Watched.watch`."""
+        self._watcher = watcher
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
@@ -74,20 +95,43 @@ class ShardedDocument:
         if folder.resolve().is_relative_to(self._folder.resolve()):
             raise UsageError(f"{self._folder}: the output would lie inside the input; choose another -o")
         target = folder / name
-        target.mkdir()
+        target.mkdir(exist_ok=True)
+        for outcomes in self._ranks.together(lambda: self._write_share(folder, target)):
+            for weight, outcome in outcomes.items():
+                self.carrier.settle(weight, outcome)
+        if self._ranks.rank:
+            return
         self._copy_others(target)
-        by_shard: dict[str, list[Entry]] = {shard: [] for shard in self._shards}
-        for entry in self.carrier.entries():
-            by_shard[str(entry.home)].append(entry)
-        for shard, entries in by_shard.items():
-            (target / shard).parent.mkdir(parents=True, exist_ok=True)
-            safetensors.write(target / shard, entries, self._shards[shard].metadata, self._mapped.values())
         text = json.dumps(self._new_index(), indent=2, ensure_ascii=False) + "\n"
         (target / self._index_name).write_text(text, encoding="utf-8")
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
+
+    def _write_share(self, folder: Path, target: Path) -> dict[str, RowCounts | str]:
+        """Write the shards that fall to this process, and say what the splits in them came to."""
+        sizes = {shard: sum(tensor.size for tensor in parsed.tensors) for shard, parsed in self._shards.items()}
+        finished = Finished(folder)
+        outcomes: dict[str, RowCounts | str] = {}
+        for shard in shares(sizes, self._ranks.count)[self._ranks.rank]:
+            outcomes |= self._write_shard(target, shard, finished)
+        return outcomes
+
+    def _write_shard(self, target: Path, shard: str, finished: Finished) -> Mapping[str, RowCounts | str]:
+        path = target / shard
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output = Output(path, self._shards[shard].metadata, functools.partial(self._entries_of, shard))
+        mark = mark_of(streamed.plan(output)[1])
+        outcomes = finished.find(path, shard, mark)
+        if outcomes is None:
+            outcomes = streamed.write(output, self.carrier, self._watcher)
+            finished.add(path, shard, mark, outcomes)
+        return outcomes
+
+    def _entries_of(self, shard: str) -> list[Entry]:
+        start, stop = self._ranges[shard]
+        return [entry for slot in self.carrier.slots()[start:stop] for entry in slot]
 
     def _entries(self) -> Iterator[Entry]:
         for name, parsed in self._shards.items():
@@ -98,7 +142,7 @@ class ShardedDocument:
         slots = dict(zip(self._names(), self.carrier.slots(), strict=True))
         listed = [entry for key in self._index["weight_map"] for entry in slots[key]]
         totals = {
-            "total_size": sum(safetensors.stored_size(entry) for entry in listed),
+            "total_size": sum(streamed.stored_size(entry) for entry in listed),
             "total_parameters": sum(math.prod(entry.shape) for entry in listed),
         }
         metadata = self._index.get("metadata")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 _START = 512
@@ -11,7 +12,7 @@ _START = 512
 def describe(path: Path) -> str | None:
     """Return what is wrong with a file in one clause, or None if it is simply of no known format."""
     if path.is_dir():
-        return _describe_folder(path)
+        return "is a folder without an index of shards (model.safetensors.index.json); name the model file in it"
     with path.open("rb") as file:
         start = file.read(_START)
     if not start:
@@ -21,8 +22,6 @@ def describe(path: Path) -> str | None:
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not a model: the download went wrong"
-    if path.name.endswith(".index.json") and text.startswith(b"{"):
-        return "is an index of shards in torch's format; convert the shards to safetensors first"
     return None
 
 
@@ -31,7 +30,12 @@ def unreadable_archive(path: Path) -> str | None:
     entries = archive_entries(path)
     if entries is None:
         return "is damaged or cut short: its archive has no table of contents"
-    if "data.pkl" not in entries:
+    return foreign_archive(entries.values())
+
+
+def foreign_archive(names: Iterable[str]) -> str | None:
+    """The same for an archive with these records."""
+    if "data.pkl" not in {name.split("/", 1)[-1] for name in names}:
         return "is a zip archive without data.pkl, so it was not written by torch.save"
     return None
 
@@ -48,14 +52,3 @@ def archive_entries(path: Path) -> dict[str, str] | None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
     return {name.split("/", 1)[-1]: name for name in names}
-
-
-def _describe_folder(path: Path) -> str:
-    if (path / ".metadata").is_file():
-        return (
-            "is a torch.distributed.checkpoint folder, which this version cannot convert: torch.distributed.checkpoint."
-            "format_utils.dcp_to_torch_save makes one file of it"
-        )
-    if any(path.glob("*.bin.index.json")):
-        return "holds shards in torch's format; convert them to safetensors first"
-    return "is a folder without an index of shards (model.safetensors.index.json); name the model file in it"

@@ -8,28 +8,54 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, VerificationError
+
+FINISHED = ".finished"
+"""In a staging folder: notes on the parts of the output that are complete."""
+
+
+def partial_folder(target: Path) -> Path:
+    """Where an output that can be resumed is built."""
+    return target.with_name(f".{target.name}.partial.wnconvert")
 
 
 class Staging:
     """Context manager around the making of one output.
 
     Everything written into `folder` moves beside the target on `commit`, the target itself last, so that a file under
-    the final name is always whole. Without `commit`, nothing is left. A killed process leaves at most the hidden
-    folder, `.NAME.*.wnconvert`.
+    the final name is always whole. Without `commit`, nothing is left, but what a later run can go on from. A killed
+    process leaves at most the hidden folder, `.NAME.*.wnconvert`.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, partial: bool = False, resume: bool = False) -> None:
+        """Prepare for one output.
+
+        Args:
+            target: its final name.
+            partial: a failed run leaves behind what it noted as `FINISHED`.
+            resume: go on from that; otherwise it is thrown away.
+        """
         self.target = target
         self.folder = Path()
+        self._partial, self._resume = partial, resume
+        self._committed = False
 
     def __enter__(self) -> Staging:
         try:
-            made = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=self.target.parent)
+            self.folder = self._make()
         except OSError as error:
             raise InputError(f"{self.target.parent}: cannot write here ({error.strerror})") from error
-        self.folder = Path(made)
         return self
+
+    def _make(self) -> Path:
+        if not self._partial:
+            parent = self.target.parent
+            return Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=parent))
+        folder = partial_folder(self.target)
+        if not self._resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, exist_ok=self._resume)
+        return folder
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every staged file, by its final name."""
@@ -50,17 +76,25 @@ class Staging:
             # A folder cannot be replaced in one step: the old one goes away with the staging folder.
             self.target.replace(self.folder / f".replaced.{main.name}")
         main.replace(self.target)
+        self._committed = True
 
     def _files(self) -> list[Path]:
         # Links stand for files that already are where they belong.
-        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+        return [path for path in sorted(self.folder.rglob("*")) if self._belongs(path)]
+
+    def _belongs(self, path: Path) -> bool:
+        notes = self.folder / FINISHED
+        return path.is_file() and not path.is_symlink() and not path.is_relative_to(notes)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        kept = error is not None and not self._committed and self._partial and (self.folder / FINISHED).is_dir()
+        if not kept or isinstance(error, VerificationError):
+            shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError):
-            raise InputError(f"{self.target}: cannot be written ({error.strerror or error})") from error
+            way = "; --resume goes on from what is done" if kept else ""
+            raise InputError(f"{self.target}: cannot be written ({error.strerror or error}){way}") from error
 
 
 def _flush(path: Path) -> None:

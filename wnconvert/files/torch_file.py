@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from wnconvert.carriers import Carrier
 from wnconvert.carriers.composite import CompositeCarrier
 from wnconvert.carriers.module import ModuleCarrier
+from wnconvert.carriers.shared_storage import SharedStorageCarrier
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError, UsageError
-from wnconvert.files import torch_load, tree
+from wnconvert.files import torch_load, torch_map, torch_save, tree
+from wnconvert.files.file_map import NotMappable
 from wnconvert.files.magnitudes import statistics
-from wnconvert.files.refill import refill, refilled
+from wnconvert.files.refill import refill
+from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.tree import Tree
 from wnconvert.walk.arch import walker_for
+from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
-
-# What pickling raises on objects that cannot be pickled, and torch on a disk that is full.
-_UNSAVEABLE = (AttributeError, RecursionError, RuntimeError, TypeError, ValueError, pickle.PicklingError)
 
 
 def recognise(path: Path) -> bool:
@@ -43,14 +42,38 @@ def read(path: Path, options: ReadOptions) -> TorchDocument:
         InputError: it is damaged, holds Python objects and `unsafe_load` is not set, needs a class that cannot be
             imported, is TorchScript or an exported program, or holds no network.
     """
-    root = torch_load.load(path, unsafe=options.unsafe_load)
+    opened = open_file(path, options)
+    root = opened.root
     if isinstance(root, Tensor):
         raise InputError(f"{path}: holds a single tensor without a name, not a network")
-    found = tree.explore(root, drop_optimizer=options.drop_optimizer)
+    found = tree.explore(root, drop_optimizer=options.drop_optimizer, source=opened)
+    if found.modules and isinstance(opened, TorchMap):
+        # Modules are changed in place, which a map cannot be.
+        root = torch_load.load(path, unsafe=options.unsafe_load)
+        found = tree.explore(root, drop_optimizer=options.drop_optimizer)
     if not found.entries and not found.modules:
         what = "only optimizer state" if found.kept or found.dropped else "no tensors"
         raise InputError(f"{path}: holds {what}")
-    return TorchDocument(root, found, _carrier(found, path, options))
+    return TorchDocument(path, root, found, _carrier(found, path, options), opened)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded(tree.Memory):
+    """The contents of a file in memory, or mapped as torch does it."""
+
+    root: object
+
+
+def open_file(path: Path, options: ReadOptions) -> TorchMap | Loaded:
+    """Open a file without reading its tensors if its kind allows it.
+
+    Raises:
+        InputError: see `read`.
+    """
+    try:
+        return torch_map.load(path)
+    except NotMappable:
+        return Loaded(torch_load.load(path, unsafe=options.unsafe_load))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,13 +88,16 @@ class _Carriers:
 class TorchDocument:
     """One open file. See `Document`."""
 
-    def __init__(self, root: object, found: Tree, carriers: _Carriers) -> None:
+    def __init__(self, path: Path, root: object, found: Tree, carriers: _Carriers, opened: TorchMap | Loaded) -> None:
         self.format = "torch-module" if found.modules else "torch"
         self.notes = list(_notes(found))
         self.carrier = carriers.whole
+        self._path = path
         self._root = root
         self._tree = found
         self._carriers = carriers
+        self._opened = opened
+        self._watcher = SILENT
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
@@ -85,21 +111,27 @@ class TorchDocument:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of its networks by dotted path."""
-        found = {entry.name: entry.load() for entry in self._carriers.state.entries()}
+        state = self._carriers.state
+        if isinstance(self._opened, TorchMap):
+            # A map cannot be written to, and whoever gets these may train them.
+            state = StateDictCarrier(tree.explore(torch_load.load(self._path, unsafe=False)).entries)
+        found = {entry.name: entry.load() for entry in state.entries()}
         for path, module in self._tree.modules.items():
             prefix = f"{path}." if path else ""
             found |= {prefix + name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         return found
 
+    def watch(self, watcher: Watcher) -> None:
+        """See `Watched.watch`."""
+        self._watcher = watcher
+
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`."""
         for part in self._carriers.modules:
             part.clean()
-        with refilled(self._tree, self._carriers.state), (folder / name).open("wb") as file:
-            try:
-                torch.save(self._root, file)
-            except _UNSAVEABLE as error:
-                raise InputError(f"{name}: cannot be written: {torch_load.first_line(error)}") from error
+        maps = [self._opened] if isinstance(self._opened, TorchMap) else []
+        job = torch_save.Job({folder / name: self._root}, self._tree, self._carriers.state, maps)
+        torch_save.save(job, self._watcher)
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
@@ -141,7 +173,7 @@ def _copy_containers(value: Any, copies: dict[int, Any]) -> Any:
 
 def _carrier(found: Tree, path: Path, options: ReadOptions) -> _Carriers:
     walker = walker_for(options.arch, path)
-    state = StateDictCarrier(found.entries, others=found.kept, walker=walker)
+    state = SharedStorageCarrier(found.entries, others=found.kept, walker=walker, streamed=not found.modules)
     if not found.modules:
         return _Carriers(state, state)
     modules = {f"{name}." if name else "": ModuleCarrier(module) for name, module in found.modules.items()}

@@ -24,7 +24,7 @@ _CORES = ("core", "_core")
 """Where numpy keeps the constructor of its scalars, in old and new versions."""
 
 # What torch.load raises on bytes that are not what they claim to be.
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -73,11 +73,11 @@ def load(path: Path, *, unsafe: bool) -> object:
     if obstacle is not None:
         raise InputError(f"{path} {obstacle}")
     try:
-        with torch.serialization.safe_globals(_plain_data()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(plain_data()), warnings.catch_warnings():
             # Deprecated storages and old pickle protocols are the author's affair, not the reader's.
             warnings.simplefilter("ignore")
             return _torch_load(path, zipped, weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         foreign = pickle_scan.foreign_classes(path)
         if not foreign:
             raise InputError(
@@ -96,7 +96,7 @@ def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _torch_load(path, zipped, weights_only=False)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         missing = next((name for name in foreign if not _can_be_imported(name)), None)
         if missing is None:
             raise InputError(f"{path}: cannot be unpickled: {first_line(error)}") from error
@@ -115,7 +115,7 @@ def _torch_load(path: Path, zipped: bool, *, weights_only: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
-def _plain_data() -> list[Any]:
+def plain_data() -> list[Any]:
     """Classes beyond torch's own list that training scripts put into checkpoints, and that can run no code."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
@@ -126,7 +126,7 @@ def _can_be_imported(name: str) -> bool:
     module, _, attribute = name.rpartition(".")
     try:
         return hasattr(importlib.import_module(module), attribute)
-    except _DAMAGE:
+    except DAMAGE:
         return False
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wnconvert import bits
 from wnconvert.carriers.torchscript import TorchScriptCarrier
 from wnconvert.carriers.torchscript.archive import Archive
 from wnconvert.errors import UsageError, VerificationError
-from wnconvert.files import safetensors, torchscript_run
-from wnconvert.files.entries import Entry
+from wnconvert.files import torchscript_run
 from wnconvert.files.magnitudes import statistics
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
@@ -106,11 +106,9 @@ def _save_state(state: dict[str, Tensor], target: Path) -> None:
     if target.suffix != ".safetensors":
         torch.save(state, target)
         return
-    rows = [
-        Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
-        for name, tensor in state.items()
-    ]
-    safetensors.write(target, rows, {"format": "pt"}, [])
+    # safetensors refuses tensors that share memory or have holes.
+    apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(apart, target, metadata={"format": "pt"})
 
 
 def _fixed_tensors(a: TorchScriptCarrier, b: TorchScriptCarrier) -> OutputCheck | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wnconvert.carriers.overlap import overlaps
-from wnconvert.files.entries import Entry
+from wnconvert.files.entries import Entry, Raw
 
 _OPTIMIZER_NAME = re.compile(r"(^|[^a-z])optim(s|izers?)?([^a-z]|$)")
 
@@ -37,7 +39,29 @@ class Tree:
     holders: dict[int, dict[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
-def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
+class Source(Protocol):
+    """Where the tensors of a file are."""
+
+    def raw(self, tensor: Tensor) -> Raw | None:
+        """The bytes of a tensor in its logical order, if they are in a file like that."""
+
+    def look(self, tensor: Tensor) -> Tensor:
+        """The tensor, which is about to be read."""
+
+
+class Memory:
+    """Tensors that are in no file."""
+
+    def raw(self, tensor: Tensor) -> Raw | None:  # noqa: ARG002
+        """See `Source.raw`."""
+        return None
+
+    def look(self, tensor: Tensor) -> Tensor:
+        """See `Source.look`."""
+        return tensor
+
+
+def explore(root: object, *, drop_optimizer: bool = False, source: Source | None = None) -> Tree:
     """Walk through dicts, lists and tuples. Anything else is left as it is.
 
     A dict or module that is held in two places is listed once, under its first name.
@@ -45,7 +69,9 @@ def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
     Args:
         root: what torch.load gave.
         drop_optimizer: take optimizer state out of the dicts that hold it.
+        source: of the tensors, if that is a file.
     """
+    source = source or Memory()
     tree = Tree()
     names: set[str] = set()
     seen: set[int] = set()
@@ -65,7 +91,7 @@ def explore(root: object, *, drop_optimizer: bool = False) -> Tree:
             continue
         if drop_optimizer and isinstance(value, dict) and not optimizer:
             _drop(tree, path, value)
-        _take_tensors(tree, path, value, optimizer, names)
+        _take_tensors(tree, path, value, optimizer=optimizer, names=names, source=source)
         inner = [((*path, str(key)), item, optimizer) for key, item in _items(value)]
         stack.extend(reversed(inner))
     _mark_overlaps(tree)
@@ -88,6 +114,12 @@ def is_optimizer(name: str, value: object) -> bool:
     return isinstance(value, (dict, list, tuple)) and _OPTIMIZER_NAME.search(name.lower()) is not None
 
 
+def stored_size(entry: Entry) -> int:
+    """Bytes of the values of a tensor."""
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return math.prod(entry.shape) * dtype.itemsize
+
+
 def dtype_name(tensor: Tensor) -> str:
     """As in `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
@@ -107,8 +139,10 @@ def _take_tensors(
     tree: Tree,
     path: tuple[str, ...],
     holder: dict[Any, Any] | list[Any] | tuple[Any, ...],
+    *,
     optimizer: bool,
     names: set[str],
+    source: Source,
 ) -> None:
     found = [(key, value) for key, value in _items(holder) if isinstance(value, Tensor) and _is_plain(value)]
     if not found:
@@ -125,7 +159,8 @@ def _take_tensors(
     target = tree.kept if optimizer else tree.entries
     for key, tensor in found:
         fixed = not (isinstance(holder, dict) and isinstance(key, str))
-        target.append(_entry(_named(prefix, key), prefix, id(holder), tensor, fixed))
+        entry = _entry(_named(prefix, key), prefix, id(holder), tensor, fixed)
+        target.append(dataclasses.replace(entry, load=functools.partial(source.look, tensor), raw=source.raw(tensor)))
 
 
 def _named(prefix: str, key: object) -> str:

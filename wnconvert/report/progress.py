@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from wnconvert.report import text
+
 _Item = TypeVar("_Item")
 
 PATIENCE = 1.0
@@ -55,3 +57,7 @@ class Bar:
         for done, item in enumerate(items):
             self._progress.update(self._task, completed=done, count=f"{done} of {total}" if total else str(done))
             yield item
+
+    def bytes(self, done: int, total: int) -> None:
+        """Show how many bytes of the present stage are done."""
+        self._progress.update(self._task, total=total, completed=done, count=f"{text.size(done)} of {text.size(total)}")

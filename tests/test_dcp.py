@@ -1,0 +1,249 @@
+"""Folders of torch.distributed.checkpoint, written and read back by that library itself."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import socket
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tests.checkpoints import assert_same_contents
+from wnconvert import compare, files, jobs, weightnorm
+from wnconvert.errors import InputError
+from wnconvert.files import ReadOptions
+from wnconvert.jobs import Job
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(4, 6, 3), nn.Linear(8, 7), nn.Linear(7, 3))
+
+
+def _save(folder: Path) -> dict[str, Any]:
+    module = _module()
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 4, 10)).sum().backward()
+    optimizer.step()
+    model, state = get_state_dict(module, optimizer)
+    nested = {
+        "model": model,
+        "optim": state,
+        "step": 7,
+        "list": [torch.ones(2), 3],
+        "large.weight": torch.randn(600, 500),
+    }
+    nested["large.bias"] = torch.zeros(600)
+    dcp.save(nested, checkpoint_id=folder)
+    return nested
+
+
+def _contents(folder: Path) -> Any:
+    file = folder.with_suffix(".as.pt")
+    dcp_to_torch_save(folder, file)
+    return torch.load(file, weights_only=False)
+
+
+def _run(command: str, source: Path, target: Path, **options: Any) -> Any:
+    report = jobs.convert_file(source, target, Job(command, **options))
+    assert report.format == "dcp"
+    assert report.weights_verified
+    _check_archives(target)
+    return report
+
+
+def _check_archives(folder: Path) -> None:
+    for info in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
+        data = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        (folder / "item").write_bytes(data)
+        with zipfile.ZipFile(folder / "item") as archive:
+            assert archive.testzip() is None
+    (folder / "item").unlink()
+
+
+def test_there_and_back_through_every_verb(tmp_path: Path) -> None:
+    nested = _save(tmp_path / "in")
+    (tmp_path / "in" / "notes.txt").write_text("kept")
+
+    report = _run("apply", tmp_path / "in", tmp_path / "split")
+    assert any("optimizer state at 'optim'" in note for note in report.notes)
+    _run("rename", tmp_path / "split", tmp_path / "renamed", names="parametrized")
+    _run("fold", tmp_path / "renamed", tmp_path / "out")
+
+    assert_same_contents(_contents(tmp_path / "in"), _contents(tmp_path / "out"))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
+    split = _contents(tmp_path / "split")
+    assert list(split["model"])[:3] == ["0.weight_g", "0.weight_v", "0.bias"]
+    g, v = weightnorm.split(nested["large.weight"], 0, name="large.weight")
+    assert torch.equal(split["large.weight_g"], g)
+    assert torch.equal(split["large.weight_v"], v)
+    assert compare.compare_files(tmp_path / "in", tmp_path / "split").weights.identical
+
+
+def test_the_result_loads_into_a_module(tmp_path: Path) -> None:
+    _save(tmp_path / "in")
+    _run("apply", tmp_path / "in", tmp_path / "split")
+    module = _module()
+    for layer in module:
+        torch.nn.utils.weight_norm(layer)
+    state = {"model": {name: torch.zeros_like(value) for name, value in module.state_dict().items()}}
+
+    dcp.load(state, checkpoint_id=tmp_path / "split")
+
+    assert torch.equal(state["model"]["1.weight_v"], _contents(tmp_path / "in")["model"]["1.weight"])
+
+
+def test_optimizer_state_can_be_dropped(tmp_path: Path) -> None:
+    _save(tmp_path / "in")
+    _run("apply", tmp_path / "in", tmp_path / "out", reading=ReadOptions(drop_optimizer=True))
+    assert set(_contents(tmp_path / "out")) == {
+        "model",
+        "step",
+        "list",
+        "large.weight_g",
+        "large.weight_v",
+        "large.bias",
+    }
+
+
+def test_a_weight_that_cannot_be_split_stays(tmp_path: Path) -> None:
+    bad = torch.full((600, 500), torch.nan)
+    dcp.save(
+        {"a.weight": bad, "a.bias": torch.zeros(600), "b.weight": torch.ones(2, 3, 1)}, checkpoint_id=tmp_path / "in"
+    )
+
+    report = _run("apply", tmp_path / "in", tmp_path / "out")
+
+    assert {row.site.name: row.action for row in report.rows} == {"a.weight": "skipped", "b.weight": "split"}
+    assert set(_contents(tmp_path / "out")) == {"a.weight", "a.bias", "b.weight_g", "b.weight_v"}
+
+
+def _sharded(rank: int, folder: str, port: int, tensors: dict[str, Tensor], axis: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    state: dict[str, DTensor] = {}
+    for name, tensor in tensors.items():
+        cut = tensor.dim() > axis and tensor.shape[axis] > 1 and name != "whole.weight_g"
+        state[name] = distribute_tensor(tensor, mesh, [Shard(axis) if cut else Replicate()])
+    dcp.save({"model": state}, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tensors_in_several_parts(axis: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = {"a.weight": torch.randn(5, 6), "a.bias": torch.randn(5), "b.weight": torch.randn(6, 4, 3)}
+    pairs = {
+        "c.weight_g": torch.rand(7, 1), "c.weight_v": torch.randn(7, 4),
+        "d.weight_g": torch.rand(1, 1, 3), "d.weight_v": torch.randn(6, 4, 3),
+        "e.weight_g": torch.rand(()), "e.weight_v": torch.randn(4, 4),
+        "whole.weight_g": torch.rand(6, 1), "whole.weight_v": torch.randn(6, 4),
+    }  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(tmp_path / "in"), port, plain | pairs, axis)
+    torch.multiprocessing.spawn(_sharded, arguments, nprocs=2)
+
+    _run("fold", tmp_path / "in", tmp_path / "folded")
+    _run("apply", tmp_path / "in", tmp_path / "split")
+    _run("fold", tmp_path / "split", tmp_path / "both")
+
+    folded, both = _contents(tmp_path / "folded")["model"], _contents(tmp_path / "both")["model"]
+    expected = plain | {
+        f"{n}.weight": weightnorm.fold(pairs[f"{n}.weight_g"], pairs[f"{n}.weight_v"]) for n in ("c", "d", "e", "whole")
+    }
+    assert folded.keys() == both.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(folded[name], value), name
+        assert torch.equal(both[name], value), name
+    files_of = {folder: sorted(path.name for path in (tmp_path / folder).glob("*.distcp")) for folder in ("in", "both")}
+    assert files_of["in"] == files_of["both"] == ["__0_0.distcp", "__1_0.distcp"]
+    old, new = (dcp.FileSystemReader(tmp_path / name).read_metadata() for name in ("in", "folded"))
+    before, after = old.state_dict_metadata["model.c.weight_v"], new.state_dict_metadata["model.c.weight"]
+    assert before.chunks == after.chunks
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def _cut_data(folder: Path) -> None:
+    os.truncate(folder / "__0_0.distcp", 2000)
+
+
+def _remove_data(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+
+
+def _cut_metadata(folder: Path) -> None:
+    os.truncate(folder / ".metadata", 100)
+
+
+def _run_code(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(_Evil()))
+
+
+def _another_object(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+
+
+def _overwrite_item(folder: Path) -> None:
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    (folder / "__0_0.distcp").write_bytes(bytes(len(data)))
+
+
+def _lead_outside(folder: Path) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../{info.relative_path}"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_cut_data, r"__0_0\.distcp: cut short"),
+        (_remove_data, r"__0_0\.distcp: missing, but \.metadata names it"),
+        (_cut_metadata, r"\.metadata: damaged or cut short"),
+        (_run_code, r"\.metadata: holds a pickled Python object \(posix\.mkdir\)"),
+        (_another_object, r"\.metadata: damaged: it describes no checkpoint"),
+        (_overwrite_item, r"__0_0\.distcp: damaged"),
+        (_lead_outside, r"outside the folder"),
+    ],
+)
+def test_damage_is_one_clear_line(damage: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _save(tmp_path / "in")
+    damage(tmp_path / "in")
+
+    with pytest.raises(InputError, match=said) as raised:
+        jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("apply"))
+
+    assert "\n" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_one_file_of_a_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
+    _save(tmp_path / "in")
+    for name in ("__0_0.distcp", ".metadata"):
+        with pytest.raises(InputError, match="name the folder"):
+            files.read(tmp_path / "in" / name)
+    shutil.rmtree(tmp_path / "in")

@@ -1,0 +1,64 @@
+"""The memory of one worker: buffers that are used again for every piece, and the tensors seen in them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wnconvert.files.raw import Raw
+from wnconvert.stream.fileio import Files
+from wnconvert.stream.plan import Place, Stored
+
+COPY = 8 << 20
+"""Bytes copied or compared at a time."""
+
+
+class Workspace:
+    """Reads pieces of stored tensors into buffers of its own, and writes them out again. For one thread."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, role: str, size: int) -> Tensor:
+        """The first `size` bytes of the buffer for this role. What it held is gone."""
+        held = self._buffers.get(role)
+        if held is None or held.numel() < size:
+            # The old one goes first, so that there are never both.
+            self._buffers.pop(role, None)
+            held = self._buffers[role] = torch.empty(size, dtype=torch.uint8)
+        return held[:size]
+
+    def read(self, role: str, stored: Stored, first: int, shape: tuple[int, ...]) -> Tensor:
+        """Elements of a stored tensor from number `first` on, in the buffer for this role."""
+        dtype = torch_dtype(stored.dtype)
+        data = self.read_bytes(role, stored.raw, first * dtype.itemsize, math.prod(shape) * dtype.itemsize)
+        return data.view(dtype).view(shape)
+
+    def read_bytes(self, role: str, raw: Raw, start: int, size: int) -> Tensor:
+        """Bytes of a stored tensor from `start` on, in the buffer for this role."""
+        data = self.buffer(role, size)
+        if size:
+            self.files.read(raw.path, raw.start + start, memory_of(data))
+        return data
+
+    def write(self, to: Place, first: int, values: Tensor) -> None:
+        """Write contiguous values at element number `first` of the tensor that starts at a place."""
+        self.files.write(to.path, to.start + first * values.element_size(), memory_of(values))
+
+    def copy(self, source: Raw, to: Place) -> None:
+        """Copy bytes from file to file."""
+        self.files.copy(source, to.path, to.start, memory_of(self.buffer("copy", min(COPY, source.size))))
+
+
+def memory_of(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    return values.reshape(-1).view(torch.uint8).numpy().data
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name, as in `float32`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

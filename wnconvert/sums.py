@@ -1,0 +1,43 @@
+"""The one order in which squares are added: the upper half of a row onto its lower half until one value is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def tree(x: Tensor) -> Tensor:
+    """Sum over axis 1 by adding the upper half to the lower half until one column is left. Overwrites `x`."""
+    n = x.shape[1]
+    while n > 1:
+        half = (n + 1) // 2
+        # In one call: `+=` on a slice would copy the result onto itself.
+        x[:, : n - half].add_(x[:, half:n])
+        n = half
+    return x[:, 0]
+
+
+def tree_by_pieces(read: Callable[[int, int], Tensor], columns: int, width: int) -> Tensor:
+    """The same sum, bit for bit, of rows that are read a few columns at a time, each column once.
+
+    Args:
+        read: gives a new float64 tensor `[rows, stop - start]` with the columns `start..stop`.
+        columns: of the rows.
+        width: columns to read at a time. About log2(columns / width) such pieces are held.
+    """
+    lengths = [columns]
+    while lengths[-1] > width:
+        lengths.append((lengths[-1] + 1) // 2)
+
+    def value(level: int, start: int, stop: int) -> Tensor:
+        """Columns `start..stop` as they are after so many halvings."""
+        if level == 0:
+            return read(start, stop)
+        x = value(level - 1, start, stop)
+        low, high = start + lengths[level], min(stop + lengths[level], lengths[level - 1])
+        if low < high:
+            x[:, : high - low].add_(value(level - 1, low, high))
+        return x
+
+    return tree(value(len(lengths) - 1, 0, lengths[-1]))
