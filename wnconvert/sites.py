@@ -38,6 +38,7 @@ class Use:
         out_axis: the axis of the root that indexes output units.
         groups: above 1, `out_axis` refers to the root seen as `[groups, shape[0] / groups, ...]`.
         problem: why this use rules out splitting the weight, or None.
+        written: it changes the weight in place, or what a weight norm has computed. That rules out folding too.
     """
 
     root: str
@@ -47,6 +48,7 @@ class Use:
     out_axis: Axis
     groups: int = 1
     problem: str | None = None
+    written: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

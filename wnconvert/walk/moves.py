@@ -32,7 +32,7 @@ MOVEMENTS = _words(
 )
 """Functions that only move elements."""
 
-_COPIES = _words(
+COPIES = _words(
     """
     to type type_as float half double bfloat16 cpu cuda clone detach alias _to_copy lift_fresh lift_fresh_copy
     requires_grad_ identity Identity _assert_tensor_metadata positive
@@ -128,7 +128,7 @@ class _Replay:
             return torch.full(value.shape, _UNUSED) if floating else value
         if name in ("contiguous", "clone") and self._copying:
             return call.function(*args, **kwargs)  # a view of the copy may need its layout
-        if call.name in _COPIES or name in (*_COPIES, "contiguous"):
+        if call.name in COPIES or name in (*COPIES, "contiguous"):
             return args[0]
         if name in _SCALINGS:
             return _scaled(call, args)
@@ -160,4 +160,4 @@ def names_of(recipe: Recipe) -> list[str]:
         return []
     found = [name for part in parts((recipe.args, recipe.kwargs)) if isinstance(part, Call) for name in names_of(part)]
     plain = recipe.name.rstrip("_")
-    return found if plain in MOVEMENTS | _FACTS or recipe.name in _COPIES else [*found, recipe.name]
+    return found if plain in MOVEMENTS | _FACTS or recipe.name in COPIES else [*found, recipe.name]

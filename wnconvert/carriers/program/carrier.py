@@ -147,14 +147,14 @@ class ProgramCarrier:
             problem = problem or _NO_DATA
         return Site(
             name=name,
-            kind=split.uses[0].kind if split.uses else "Unknown",
+            kind=next((use.kind for use in split.uses if not use.written), "Unknown"),
             shape=tuple(v.shape),
             dtype=_dtype_name(v),
             axis=axis,
             groups=groups,
             state="split",
             scheme=next((scheme for scheme in SCHEMES if spell(name, scheme) == (pair.g, pair.v)), None),
-            uses=tuple(use.where for use in split.uses),
+            uses=tuple(dict.fromkeys(use.where for use in split.uses)),
             tied=tuple(tied),
             skip=problem,
         )

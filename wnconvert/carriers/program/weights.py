@@ -73,7 +73,8 @@ def find(draft: Draft) -> tuple[list[Split], list[Plain]]:
     plain = []
     for names in groups.values():
         if not halves.intersection(names):
-            uses = tuple(use for use in found.uses if use.root in names)
+            # A change in place is told by `written`.
+            uses = tuple(use for use in found.uses if use.root in names and not use.written)
             others = dict.fromkeys(other for name in names for other in found.others.get(name, ()))
             written = not found.written.isdisjoint(names)
             plain.append(Plain(tuple(names), uses, tuple(others), shared.get(names[0]), written))
@@ -101,6 +102,7 @@ def _split(draft: Draft, found: ProgramUses, weights: Mapping[str, Tensor]) -> l
             problem = _problem(inputs, nodes, not found.written.isdisjoint(keys))
         names = {pair.name for pair in pairs} | {f.name for f in formulas if f.v in keys}
         uses = tuple(use for use in found.uses if use.root in names)
+        problem = problem or _change(found, uses, names, nodes)
         made.append(Split(tuple(pairs), tuple(dict.fromkeys(nodes)), uses, problem))
     return made
 
@@ -110,6 +112,13 @@ def _problem(inputs: Iterable[fx.Node], nodes: list[fx.Node], written: bool) -> 
         return "the program writes to its magnitude or direction"
     other = next((node for node in between(inputs, nodes) if node.op == "output" or _acts(node)), None)
     return None if other is None else "the program uses its magnitude or direction by itself"
+
+
+def _change(found: ProgramUses, uses: Iterable[Use], names: set[str], nodes: list[fx.Node]) -> str | None:
+    """How a program changes a weight that it has computed, which would change the parameter in its place."""
+    told = next((use.problem for use in uses if use.written), None)
+    changed = not found.written.isdisjoint(names) or any(map(walk._is_written, nodes))
+    return told or ("changed in place" if changed else None)
 
 
 def between(inputs: Iterable[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
