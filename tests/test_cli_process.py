@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -167,7 +168,9 @@ sys.exit(main(sys.argv[1:]))
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     file = make(tmp_path / "model.safetensors")
     words = [sys.executable, "-c", WAITING_TO_COMMIT, "apply", str(file), "--kind", "*"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell that starts the tests in the background has signals ignored in everything below.
+    listen = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
     assert process.stderr.readline() == b"staged\n"
     assert any(tmp_path.glob(".model*/*"))
     process.send_signal(number)
