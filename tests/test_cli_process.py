@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -150,7 +149,12 @@ def test_an_ascii_terminal_shows_any_name(tmp_path: Path) -> None:
 
 
 WAITING_TO_COMMIT = """
-import sys, time
+import signal, sys, time
+
+# A shell that starts the tests in the background has these ignored in everything below it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 from wnconvert.cli import main
 from wnconvert.files.staging import Staging
 
@@ -168,9 +172,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     file = make(tmp_path / "model.safetensors")
     words = [sys.executable, "-c", WAITING_TO_COMMIT, "apply", str(file), "--kind", "*"]
-    # A shell that starts the tests in the background has signals ignored in everything below.
-    listen = functools.partial(signal.signal, number, signal.SIG_DFL)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr.readline() == b"staged\n"
     assert any(tmp_path.glob(".model*/*"))
     process.send_signal(number)
