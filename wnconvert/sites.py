@@ -166,6 +166,9 @@ def resolve(
         reason = f"its uses disagree on the axis: {said}"
     if reason is None and (not shape or 0 in shape):
         reason = "a scalar has no direction" if not shape else "it is empty"
+    if reason is None and g_shape(shape, axis, groups) == tuple(shape) and any(size > 1 for size in shape[1:]):
+        # Nothing would tell such a pair from any two tensors of one shape.
+        reason = "each of its units has a single value, so a magnitude would be all of it"
     return Site(
         name=first.root,
         kind=first.kind,

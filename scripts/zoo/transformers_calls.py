@@ -40,14 +40,20 @@ _HINTS = 4
 """How often an error may tell more."""
 
 
-def calls(model: nn.Module) -> Generator[Inputs, Exception, None]:
-    """Yield inputs until some work. Receives what went wrong, which may tell what to do better."""
+def calls(model: nn.Module, *, shrink: bool = False) -> Generator[Inputs, Exception, None]:
+    """Yield inputs until some work. Receives what went wrong, which may tell what to do better.
+
+    Args:
+        model: the network.
+        shrink: try images smaller than the network is made for first.
+    """
+    shapes = sorted(_SHAPES, key=lambda shape: "image" not in shape) if shrink else _SHAPES
     tried: set[str] = set()
     given = overrides.inputs(Maker(model, model.config))
     if given is not None:
         yield Inputs((), given)
     for names in _choices(Maker(model, model.config)):
-        for shape in _SHAPES:
+        for shape in shapes:
             sizes = dict(shape)
             for _ in range(_HINTS):
                 found = Inputs((), Maker(model, model.config, sizes).make(names))

@@ -75,7 +75,7 @@ def attempts(name: str) -> Attempts:
             first = first if first and not isinstance(first, NotBuilt) else error
             complaints[-1].add(_gist(error))
             continue
-        inputs = calls(model)
+        inputs = calls(model, shrink=recipe == AS_IT_IS)
         answer: Exception | None = None
         while (found := _next(inputs, answer)) is not None:
             answer = yield Attempt(model, found)

@@ -27,7 +27,17 @@ def _everywhere(**settings: Any) -> dict[str, Any]:
     return {f"{prefix}{key}": value for prefix in ("", "text_config.") for key, value in settings.items()}
 
 
+_PROMPTS = {"prompt_encoder_config.image_embedding_size": 4, "prompt_encoder_config.image_size": 64}
+_LEVELS = [[16, 16], [8, 8], [4, 4]]
+"""Sizes of the feature maps of an image of four patches by four."""
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "sam": {**_PROMPTS, "vision_config.num_pos_feats": 8},
+    "sam_hq": {**_PROMPTS, "vision_config.num_pos_feats": 8},
+    "sam2": {"vision_config.backbone_feature_sizes": _LEVELS, "backbone_feature_sizes": _LEVELS},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": _LEVELS, "prompt_encoder_config.image_size": 56},
+    "seggpt": {"merge_index": 0},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "vitmatte": {
         "fusion_hidden_sizes": [16, 8, 8, 8],
         "convstream_hidden_sizes": [8, 8, 8],
@@ -286,6 +296,19 @@ def _first_map(maker: Maker) -> dict[str, Any]:
     return {"hidden_states": maker.noise(1, next(convolutions).in_channels, 8, 8)}
 
 
+def _same_twice(maker: Maker) -> dict[str, Any]:
+    ids = _ids(maker, 1, 8)
+    ids[:, -1] = maker.config.eos_token_id
+    return {"input_ids": ids, "decoder_input_ids": ids.clone()}
+
+
+def _masked_video(maker: Maker) -> dict[str, Any]:
+    config = maker.config
+    count = (config.image_size // config.patch_size) ** 2 * (config.num_frames // config.tubelet_size)
+    mask = torch.arange(count)[None] % 2 == 0
+    return {"pixel_values": maker.noise(1, config.num_frames, 3, *_square(maker)), "bool_masked_pos": mask}
+
+
 def _decisions(maker: Maker) -> dict[str, Any]:
     config = maker.config
     return {
@@ -338,13 +361,18 @@ _INPUTS: Mapping[str, Callable[[Maker], dict[str, Any]]] = {
         "input_values": m.noise(1, 8, m.config.hidden_size),
         "decoder_input_values": m.noise(1, 4, m.config.hidden_size),
     },
-    "TimesFm2_5Model": lambda m: {"past_values": [m.noise(m.config.context_length)]},
+    "TimesFm2_5Model": lambda m: {"past_values": m.noise(1, m.config.context_length)},
     "ClapModel": _clap,
     "BarkFineModel": lambda m: {"codebook_idx": 1, "input_ids": _ids(m, 1, 8, m.config.n_codes_total)},
     "PPOCRV5MobileRecEncoderWithSVTR": _first_map,
     "PPOCRV5ServerRecEncoderWithSVTR": _first_map,
     "PPOCRV6SmallRecEncoderWithSVTR": _first_map,
     "SLANetBackbone": _image_map,
+    "SpeechT5ForSpeechToSpeech": lambda m: {
+        "input_values": m.noise(1, 2000),
+        "decoder_input_values": m.noise(1, 4, m.config.num_mel_bins),
+        "speaker_embeddings": m.noise(1, m.config.speaker_embedding_dim),
+    },
     "SpeechT5ForTextToSpeech": lambda m: {
         "input_ids": _ids(m, 1, 8),
         "decoder_input_values": m.noise(1, 4, m.config.num_mel_bins),
@@ -357,6 +385,15 @@ _INPUTS: Mapping[str, Callable[[Maker], dict[str, Any]]] = {
     "VibeVoiceAcousticTokenizerModel": lambda m: {"input_values": m.noise(1, 1, 6400)},
     "VibeVoiceAcousticTokenizerEncoderModel": lambda m: {"hidden_states": m.noise(1, 1, 6400)},
     "XCLIPVisionModel": lambda m: {"pixel_values": m.noise(m.config.num_frames, 3, *_square(m))},
+    "T5ForSequenceClassification": _same_twice,
+    "MT5ForSequenceClassification": _same_twice,
+    "UMT5ForSequenceClassification": _same_twice,
+    "VideoMAEForPreTraining": _masked_video,
+    "TimesFmModel": lambda m: {
+        "past_values": m.noise(1, m.config.context_length),
+        "past_values_padding": torch.zeros(1, m.config.context_length),
+        "freq": torch.zeros(1, 1, dtype=torch.long),
+    },
     "EfficientLoFTRModel": lambda m: {"pixel_values": m.noise(1, 2, 3, 64, 64)},
     "EfficientLoFTRForKeypointMatching": lambda m: {"pixel_values": m.noise(1, 2, 3, 64, 64)},
     "MiniCPMOcrVisionModel": _targets,

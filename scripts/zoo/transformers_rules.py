@@ -92,6 +92,7 @@ _LIMITS = {
     "canvas_length": 16,
     "chunk_size": 32,
     "entity_emb_size": 16,
+    "frames_per_clip": 4,
     "index_topk": 16,
     "local_attention": 16,
     "max_2d_position_embeddings": 128,
