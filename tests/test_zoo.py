@@ -143,3 +143,25 @@ def test_settings_shrink_in_proportion() -> None:
     assert shrink("patch_size", 16, recipe, 2, ids) == 16
     assert shrink("vocab_size", 30000, recipe, 2, ids) == 256
     assert shrink("image_token_id", 29000, recipe, 2, ids) == shrink("other_token_id", 29000, recipe, 2, ids) < 256
+
+
+class Chaotic(nn.Module):
+    """Amplifies the last bit a million times, and runs in float32 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.inner(x).float() * 1e5).sin()
+
+
+def test_a_network_that_amplifies_rounding_is_held_to_its_own_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs((torch.randn(2, 6),))
+    monkeypatch.setattr(conversion.Conversion, "_measure_in_float64", lambda self: False)
+    outcome = _try(Chaotic(), inputs=inputs)
+    assert outcome.distance > conversion.TOLERANCE[torch.float32]
+    assert outcome.distance <= conversion.AMPLIFIED * outcome.sensitivity
+    assert outcome.parity
+    monkeypatch.setattr(conversion, "AMPLIFIED", 0)
+    assert not _try(Chaotic(), inputs=inputs).parity

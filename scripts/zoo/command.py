@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent.parent.parent / ".models" / "zoo"
 @click.option("--every", default=1, show_default=True, help="Only every so many names of each library.")
 @click.option("--retry", is_flag=True, help="Only what failed or was never tried.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, help="Processes of one thread each.")
-@click.option("--timeout", default=240.0, show_default=True, help="Seconds for one network.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for one network.")
 @click.option("--memory", default=8, show_default=True, help="GiB for one process.")
 @click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where results are kept.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write the table for the documentation there.")
@@ -107,7 +107,8 @@ def _finish(records: list[results.Record], seconds: float, options: dict[str, An
     table = Table(*report.COLUMNS)
     for row in rows:
         table.add_row(*(str(row[column]) for column in report.COLUMNS))
-    console = Console()
+    # A log has no width; the table needs this much.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     for line, count in report.reasons(records).most_common(40):
         console.print(f"not built: {count} x {line}", markup=False, soft_wrap=True)

@@ -22,6 +22,10 @@ from zoo.trial import LACKS_MEMORY, Answer, Outcome, lacks_memory, one_line
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference between a trained network and its folded form, relative to the largest output."""
 
+AMPLIFIED = 4
+"""Networks that amplify rounding may differ by so many times what moving every folded weight by one ulp does to them.
+"""
+
 PICKLED_WHOLE = 50_000_000
 """Networks with more parameters are pickled into nowhere instead of into memory."""
 
@@ -156,11 +160,27 @@ class Conversion:
         outcome.moved = not outputs.same_bits(after, trained)
         dtype = next((tensor.dtype for tensor in folded if tensor.is_floating_point()), torch.float32)
         outcome.distance = outputs.distance(trained, folded)
-        if outcome.distance > TOLERANCE[dtype]:
-            dtype = self._measure_in_float64() or dtype
-        outcome.parity, outcome.parity_dtype = outcome.distance <= TOLERANCE[dtype], str(dtype).removeprefix("torch.")
+        tolerance = TOLERANCE[dtype]
+        if outcome.distance > tolerance:
+            outcome.sensitivity = self._sensitivity(folded)
+            if self._measure_in_float64():
+                dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
+            else:
+                tolerance = max(tolerance, AMPLIFIED * outcome.sensitivity)
+        outcome.parity, outcome.parity_dtype = outcome.distance <= tolerance, str(dtype).removeprefix("torch.")
         if not outcome.parity:
             outcome.wrong.append(f"trained and folded differ by {outcome.distance:.1e} ({outcome.parity_dtype})")
+
+    def _sensitivity(self, folded: list[Tensor]) -> float:
+        """How far the outputs move when every folded weight moves by one ulp, up or down."""
+        names = {row.site.name for row in self.report.rows if row.action == "split"}
+        changed = {name: value for name, value in self.model.named_parameters() if name in names}
+        before = {name: value.detach().clone() for name, value in changed.items()}
+        weights.jitter(changed)
+        moved = self._step("run the jittered network", lambda: outputs.run(self.model, self.inputs))
+        for name, value in before.items():
+            changed[name].data.copy_(value)
+        return outputs.distance(folded, moved)
 
     def _train_and_fold(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         names = {f"{row.site.name}_{half}" for row in self.report.rows if row.action == "split" for half in "gv"}
@@ -169,17 +189,17 @@ class Conversion:
         self._step("fold the trained network", lambda: self._fold(self.model))
         return trained, self._step("run the folded network", lambda: outputs.run(self.model, inputs))
 
-    def _measure_in_float64(self) -> torch.dtype | None:
+    def _measure_in_float64(self) -> bool:
         """Networks that choose (experts, codes, boxes) jump on a difference in the last bit: use finer ones."""
         try:
             self.model.double()
             double = self.inputs.double()
             outputs.run(self.model, double)
         except Exception:  # noqa: BLE001 many networks cast to float32 on the way
-            return None
+            return False
         self._apply()
         self.outcome.distance = outputs.distance(*self._train_and_fold(double))
-        return torch.float64
+        return True
 
 
 class _Nowhere(io.RawIOBase):

@@ -60,6 +60,7 @@ class Outcome:
         equal: outputs have the same bits after apply.
         moved: training the split network moved its outputs; otherwise parity says nothing.
         distance: between the trained network and its folded form, relative to the largest output.
+        sensitivity: how far moving every weight by one ulp moves the outputs. Measured where `distance` is large.
         parity: that is within the tolerance.
         parity_dtype: in which it was measured.
         identical: apply and fold give the same state dict, bit for bit.
@@ -86,6 +87,7 @@ class Outcome:
     equal: bool | None = None
     moved: bool | None = None
     distance: float | None = None
+    sensitivity: float | None = None
     parity: bool | None = None
     parity_dtype: str | None = None
     identical: bool | None = None

@@ -113,6 +113,14 @@ def train(parameters: Mapping[str, Tensor]) -> None:
             noise_(parameter, step, 0.05 * float(parameter.reshape(-1)[:SMALL].abs().mean()), add=True)
 
 
+@torch.no_grad()
+def jitter(parameters: Mapping[str, Tensor]) -> None:
+    """Move every value by one ulp, up or down."""
+    for name, parameter in parameters.items():
+        directions = noise_(torch.empty(parameter.shape, dtype=parameter.dtype), f"jitter {name}", 1)
+        parameter.copy_(torch.nextafter(parameter, directions.sign_().mul_(float("inf"))))
+
+
 Stamp = dict[str, tuple[int, int]]
 """Of a state dict: where each tensor lies and how often it was written to."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from wnconvert import layers
-from wnconvert.walk.graph_uses import Formula
+from wnconvert.walk.graph_uses import Formula, between
 
 
 class Reads:
@@ -104,7 +104,7 @@ def split_reads(
 
 def _follow_dtype(computed: fx.Node, v: fx.Node, dtype: torch.dtype) -> None:
     """Make the weight go with the dtype that its direction has when the graph runs: `double()` may follow."""
-    for norm in _behind([v], [computed]):
+    for norm in between([v], [computed]):
         if norm.kwargs.get("dtype") == torch.float32:
             # It widens half types itself, but refuses to narrow.
             with v.graph.inserting_before(norm):
@@ -133,7 +133,7 @@ def fold_formulas(reads: Reads, formulas: Sequence[fx.Node], targets: tuple[str,
     plain.meta = dict(formulas[0].meta)
     for node in formulas:
         node.replace_all_uses_with(plain)
-    ending = {*_behind(halves, formulas), *formulas}
+    ending = {*between(halves, formulas), *formulas}
     constants = {node for dead in ending for node in dead.all_input_nodes if node.op == "get_attr"} - set(halves)
     for node in sorted(ending, reverse=True):
         reads.erase(node)
@@ -170,19 +170,7 @@ def _is_dtype_of(argument: Any, name: str, leaves: Mapping[fx.Node, str]) -> boo
 def other_reader(reads: Reads, targets: Iterable[str], formulas: Sequence[fx.Node]) -> fx.Node | None:
     """A node that needs the magnitude or the direction for anything but these formulas, if there is one."""
     halves = [node for target in targets for node in reads.of(target)]
-    return next((node for node in _behind(halves, formulas) if _acts(node)), None)
-
-
-def _behind(nodes: Iterable[fx.Node], ends: Sequence[fx.Node]) -> list[fx.Node]:
-    """Every node that a value flows to from these nodes, not past the ends, and without the ends."""
-    found: dict[fx.Node, None] = {}
-    ahead: list[fx.Node] = list(nodes)
-    while ahead:
-        for user in ahead.pop().users:
-            if user not in found and user not in ends:
-                found[user] = None
-                ahead.append(user)
-    return list(found)
+    return next((node for node in between(halves, formulas) if _acts(node)), None)
 
 
 def _acts(node: fx.Node) -> bool:

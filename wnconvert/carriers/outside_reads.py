@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from wnconvert.walk.fx import Tracer
 from wnconvert.walk.ladder import Example
-from wnconvert.walk.modules import kind_of
 from wnconvert.walk.twin import twin
 
 
@@ -65,7 +65,7 @@ def _watch(root: nn.Module, example: Example | None, read: set[str]) -> bool:
                 if _is_holder(module):
                     module.__class__ = _watched(type(module), seen)
             if example is None:
-                _Tracer().trace(copied)
+                Tracer(into_layers=False).trace(copied)
             else:
                 for parameter in copied.parameters():
                     parameter.data = parameter.data.clone()  # what it writes must not stay
@@ -108,8 +108,3 @@ def _words_of(code: CodeType) -> Iterator[str]:
             yield constant.rpartition(".")[2]
         elif isinstance(constant, CodeType):
             yield from _words_of(constant)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return kind_of(m) is not None or super().is_leaf_module(m, module_qualified_name)

@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -22,29 +21,10 @@ from torch.export import ExportedProgram
 
 from wnconvert.errors import InputError
 from wnconvert.files import sniff
-from wnconvert.files.torch_load import first_line
+from wnconvert.files.torch_load import DAMAGE, first_line
 
 # What torch raises on an archive that is not what it claims to be.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    SpecViolationError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+_DAMAGE = (*DAMAGE, SpecViolationError, SyntaxError)
 
 _OLD = "serialized_exported_program.json"
 """The program in an archive of torch 2.7 and before."""

@@ -23,8 +23,7 @@ _PICKLE = b"\x80"
 _CORES = ("core", "_core")
 """Where numpy keeps the constructor of its scalars, in old and new versions."""
 
-# What torch.load raises on bytes that are not what they claim to be.
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -42,6 +41,7 @@ _DAMAGE = (
     struct.error,
     zipfile.BadZipFile,
 )
+"""What torch.load raises on bytes that are not what they claim to be."""
 
 
 _VERDICT = "WeightsUnpickler error: "
@@ -77,7 +77,7 @@ def load(path: Path, *, unsafe: bool) -> object:
             # Deprecated storages and old pickle protocols are the author's affair, not the reader's.
             warnings.simplefilter("ignore")
             return _torch_load(path, zipped, weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         foreign = pickle_scan.foreign_classes(path)
         if not foreign:
             raise InputError(
@@ -96,7 +96,7 @@ def _load_unsafely(path: Path, zipped: bool, foreign: list[str]) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _torch_load(path, zipped, weights_only=False)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         missing = next((name for name in foreign if not _can_be_imported(name)), None)
         if missing is None:
             raise InputError(f"{path}: cannot be unpickled: {first_line(error)}") from error
@@ -126,7 +126,7 @@ def _can_be_imported(name: str) -> bool:
     module, _, attribute = name.rpartition(".")
     try:
         return hasattr(importlib.import_module(module), attribute)
-    except _DAMAGE:
+    except DAMAGE:
         return False
 
 

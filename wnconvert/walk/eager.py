@@ -16,7 +16,7 @@ from wnconvert.walk.graph_uses import function_name
 from wnconvert.walk.moves import MOVEMENTS
 from wnconvert.walk.reader import Computed, Reader
 from wnconvert.walk.recipe import OPAQUE, Leaf, rebuild
-from wnconvert.walk.trace import Trace, failed, weights_of
+from wnconvert.walk.trace import Trace, TraceFailed, failed, weights_of
 from wnconvert.walk.twin import twin
 from wnconvert.walk.writes import written
 
@@ -28,7 +28,17 @@ def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tr
         TraceFailed: its forward pass fails on these inputs.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), twin(root, data=True) as copied:
+        return _trace(root, args, kwargs, hooks=False)
+    except TraceFailed:
+        if not any(module._forward_hooks for module in root.modules()):
+            raise
+        # Some networks hand on their results through hooks. Here these see tensors with values, never stand-ins.
+        return _trace(root, args, kwargs, hooks=True)
+
+
+def _trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, hooks: bool) -> Trace:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), twin(root, data=True, hooks=hooks) as copied:
             watch = _Watch(copied)
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
             with watch.modules(copied), watch:

@@ -27,7 +27,7 @@ def trace(root: nn.Module) -> Trace:
 def _trace(root: nn.Module, *, into_layers: bool) -> Trace:
     try:
         with torch.random.fork_rng(devices=[]), twin(root, data=False) as copied:
-            tracer = _Tracer(into_layers)
+            tracer = Tracer(into_layers=into_layers)
             graph = tracer.trace(copied)
             weights = _constants(tracer, graph) | weights_of(root)
     except Exception as error:
@@ -46,8 +46,11 @@ def _constants(tracer: fx.Tracer, graph: fx.Graph) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, into_layers: bool) -> None:
+class Tracer(fx.Tracer):
+    """Does not trace into layers."""
+
+    def __init__(self, *, into_layers: bool) -> None:
+        """Trace into layers with a forward pass of their own, or not."""
         super().__init__()
         self._into_layers = into_layers
 

@@ -22,12 +22,13 @@ def _words(text: str) -> frozenset[str]:
 
 MOVEMENTS = _words(
     """
-    T H mT mH adjoint as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk column_stack concat
-    concatenate contiguous data diagonal dstack dsplit expand expand_as flatten flip fliplr flipud getitem hsplit hstack
-    index_select index masked_select moveaxis movedim narrow narrow_copy permute ravel repeat repeat_interleave reshape
-    reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t take tensor_split tile
-    transpose unbind unflatten unfold unsqueeze view view_as vsplit vstack unsafe_chunk unsafe_split pad
-    constant_pad_nd channel_shuffle pixel_shuffle pixel_unshuffle _unsafe_view _reshape_alias
+    T H mT mH numpy_T matrix_H adjoint as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk
+    column_stack concat concatenate contiguous data diagonal dstack dsplit expand expand_as flatten flip fliplr
+    flipud getitem hsplit hstack index_select index masked_select moveaxis movedim narrow narrow_copy permute ravel
+    repeat repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack
+    swapaxes swapdims t take tensor_split tile transpose unbind unflatten unfold unsqueeze view view_as vsplit
+    vstack unsafe_chunk unsafe_split pad constant_pad_nd channel_shuffle pixel_shuffle pixel_unshuffle _unsafe_view
+    _reshape_alias
     """
 )
 """Functions that only move elements."""

@@ -41,7 +41,7 @@ class Reader:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Take all parameters and buffers by name. Their data is not read."""
+        """Take all parameters and buffers by name. Only that of a pair is read, to tell what a formula computes."""
         self.uses: list[Use] = []
         self.others: dict[str, dict[str, None]] = {}
         self._weights = dict(weights)

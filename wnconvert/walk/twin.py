@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def twin(root: nn.Module, *, data: bool) -> Iterator[nn.Module]:
+def twin(root: nn.Module, *, data: bool, hooks: bool = False) -> Iterator[nn.Module]:
     """Lend a copy of a network.
 
     Afterwards the copy is emptied: tracers leave it in reference cycles, and the parameters of a large network should
@@ -22,6 +22,8 @@ def twin(root: nn.Module, *, data: bool) -> Iterator[nn.Module]:
         root: the network.
         data: parameters share the memory of the originals, so that whoever runs the copy must not let it write to them.
             Otherwise they have none.
+        hooks: keep the hooks that look at outputs. They are the owner's, and remember what they please; what runs
+            before the forward pass may make the weight, and is always kept.
     """
     memo: dict[int, Any] = {id(parameter): _stand_in(parameter, data) for parameter in root.parameters()}
     for module in root.modules():
@@ -33,8 +35,7 @@ def twin(root: nn.Module, *, data: bool) -> Iterator[nn.Module]:
     made = _copy(root, memo)
     originals = {id(vars(module)) for module in root.modules()}
     ours = [vars(module) for module in made.modules() if id(vars(module)) not in originals]
-    for attributes in ours:
-        # Hooks that look at outputs would keep the stand-ins of a trace. What runs before may make the weight.
+    for attributes in ours if not hooks else ():
         attributes["_forward_hooks"] = type(attributes["_forward_hooks"])()
     try:
         yield made
@@ -77,4 +78,17 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # noqa: BLE001 see above
-        return value
+        made = _copied_parts(value, memo)
+    memo[id(value)] = made
+    return made
+
+
+def _copied_parts(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy what forward passes fill and empty: a single result with a gradient is enough to refuse a deep copy."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copied(item, memo) for key, item in value.items()}
+    if type(value) is list:
+        return [_copied(item, memo) for item in value]
+    return value

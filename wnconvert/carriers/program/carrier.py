@@ -12,11 +12,12 @@ from torch.export import ExportedProgram
 from wnconvert import weightnorm
 from wnconvert.carriers.program import formula
 from wnconvert.carriers.program.draft import Draft
-from wnconvert.carriers.program.weights import Plain, Split, between, find, has_data
+from wnconvert.carriers.program.weights import Plain, Split, find, has_data
 from wnconvert.errors import PairError
 from wnconvert.layers import Spec
 from wnconvert.names import spell
 from wnconvert.sites import SCHEMES, Dim, Scheme, Site, Use, resolve
+from wnconvert.walk.graph_uses import between
 
 
 class ProgramCarrier:

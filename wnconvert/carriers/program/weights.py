@@ -15,6 +15,7 @@ from wnconvert.carriers.program.draft import Draft
 from wnconvert.names import Pair, find_pairs
 from wnconvert.sites import Use
 from wnconvert.walk import program as walk
+from wnconvert.walk.graph_uses import between
 from wnconvert.walk.program import ProgramUses
 
 
@@ -117,19 +118,8 @@ def _problem(inputs: Iterable[fx.Node], nodes: list[fx.Node], written: bool) -> 
 def _change(found: ProgramUses, uses: Iterable[Use], names: set[str], nodes: list[fx.Node]) -> str | None:
     """How a program changes a weight that it has computed, which would change the parameter in its place."""
     told = next((use.problem for use in uses if use.written), None)
-    changed = not found.written.isdisjoint(names) or any(map(walk._is_written, nodes))
+    changed = not found.written.isdisjoint(names) or any(map(walk.is_written, nodes))
     return told or ("changed in place" if changed else None)
-
-
-def between(inputs: Iterable[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
-    """Every node that a value flows to from the inputs, not past the ends and without them."""
-    ends, ahead, found = set(ends), list(inputs), dict[fx.Node, None]()
-    while ahead:
-        for user in ahead.pop().users:
-            if user not in found and user not in ends:
-                found[user] = None
-                ahead.append(user)
-    return list(found)
 
 
 def _acts(node: fx.Node) -> bool:
