@@ -149,7 +149,12 @@ def test_an_ascii_terminal_shows_any_name(tmp_path: Path) -> None:
 
 
 WAITING_TO_COMMIT = """
-import sys, time
+import signal, sys, time
+
+# A shell that starts the tests in the background has these ignored in everything below it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 from wnconvert.cli import main
 from wnconvert.files.staging import Staging
 

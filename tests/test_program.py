@@ -299,3 +299,34 @@ def test_a_weight_that_is_an_output_too_stays_one() -> None:
     assert [spec.arg.name for spec in folded.graph_signature.output_specs] == [
         spec.arg.name for spec in program.graph_signature.output_specs
     ]
+
+
+class Changes(nn.Module):
+    """Weights that the code changes after it has computed them, and one that it does not."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (_parametrized(nn.Linear(4, 4, dtype=dtype), 0) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, d = self.a.weight, self.b.weight, self.d.weight.float().to(self.d.bias.dtype)
+        a.mul_(2)
+        b.t()[0].zero_()
+        d.mul_(3)
+        return F.linear(self.c(F.linear(F.linear(x, a), b)), d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_changed_in_place_after_it_was_computed_is_left_alone(dtype: torch.dtype) -> None:
+    net, x = Changes(dtype), torch.randn(2, 4, dtype=dtype)
+    with torch.no_grad():
+        program = exported(net, x=x)
+        result = wnconvert.fold(program)
+
+        reasons = {row.site.name: row.reason or "" for row in result.report.rows}
+        assert reasons.pop("c.weight") == ""
+        assert set(reasons) == {"a.weight", "b.weight", "d.weight"}
+        assert all("changed in place" in reason for reason in reasons.values()), reasons
+        module = copy.deepcopy(result.model.module())
+        for _ in range(2):
+            torch.testing.assert_close(module(x), net(x))

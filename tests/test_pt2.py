@@ -184,3 +184,22 @@ def test_archives_of_several_programs_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="found a, b"):
         files.read(tmp_path / "two.pt2")
+
+
+def test_torch_writes_a_program_without_python_in_between(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch's C++ calls write() of an open file, and ends the process where that raises KeyboardInterrupt.
+    seen, save = [], torch.export.save
+    monkeypatch.setattr(torch.export, "save", lambda program, f, **more: (seen.append(f), save(program, f, **more)))
+    wnconvert.convert_file(path, command="apply")
+    shutil.copy(path, path.with_name("other.pt"))
+    wnconvert.convert_file(path.with_name("other.pt"), command="apply")
+    assert [isinstance(f, (str, Path)) and str(f).endswith(".pt2") for f in seen] == [True, True]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["net.pt2", "net.wn.pt2", "other.pt", "other.wn.pt"]
+
+
+def test_torch_says_nothing_in_its_own_log(path: Path, cli) -> None:
+    file = io.BytesIO()
+    torch.save(((torch.rand(2, 4, 8),), {"note": Path("x")}), file)
+    pickled = _rewritten(path, "sample_inputs/model.pt", lambda data: file.getvalue())
+    _, _, err = cli("inspect", pickled, "--unsafe-load")
+    assert "Logging error" not in err and err.count("\n") <= 1, err

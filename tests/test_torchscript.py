@@ -670,3 +670,189 @@ def test_an_unknown_kind_of_pickle_runs_nothing(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError):
         wnconvert.convert_file(path, command="fold")
+
+
+def test_a_weight_changed_in_place_after_it_was_computed_is_left_alone(tmp_path: Path) -> None:
+    class Doubled(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            w.mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class FirstRow(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            w[0] = 0
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class Column(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            w.t()[1:].copy_(torch.ones(3, 4))
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class Masked(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            w[torch.tensor([0, 2])] = 0.0
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class Data(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            w.data.mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class Chunk(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            with torch.no_grad():
+                _, b = torch.chunk(w, 2)
+                b.mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class Chosen(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            a = w if x.sum() > 0 else x
+            a.mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class InADict(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            held = {"w": w}
+            held["w"].mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    class InAList(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            held = [x]
+            held[0] = w
+            held[0].mul_(2)
+            return F.linear(F.linear(x, w), scale(self.more_v, self.more_g))
+
+    for kind in (Doubled, FirstRow, Column, Masked, Data, Chunk, Chosen, InADict, InAList):
+        torch.manual_seed(1)
+        module, x = torch.jit.script(kind()), torch.randn(4, 4)
+        report = wnconvert.convert_file(saved(module, tmp_path), command="fold", overwrite=True)
+        reasons = {row.site.name: row.reason for row in report.rows}
+        assert reasons["more"] is None, kind
+        assert "changed in place, by " in str(reasons["weight"]), kind
+        result = torch.jit.load(report.output)
+        for _ in range(2):
+            torch.testing.assert_close(result(x.clone()), module(x.clone()))
+
+
+def test_a_traced_weight_changed_in_place_is_left_alone(tmp_path: Path) -> None:
+    class Zeroed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.fc.weight
+            w[0] = 0
+            return F.linear(self.up(self.layers(x)), w)
+
+    x = torch.randn(2, 2, 5)
+    with torch.no_grad():
+        module = torch.jit.trace(trained(Zeroed(parametrized)), x)
+    report = wnconvert.convert_file(saved(module, tmp_path), command="fold")
+    assert [row.site.name for row in report.rows if "in place" in str(row.reason)] == ["fc.weight"]
+    torch.testing.assert_close(torch.jit.load(report.output)(x), module(x))
+
+
+def test_a_counter_that_training_changes_is_no_weight() -> None:
+    module = torch.jit.trace(nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2)).train(), torch.randn(2, 2, 5))
+    assert [site.name for site in wnconvert.find(module)] == ["0.weight"]
+
+
+def test_both_branches_may_compute_a_weight_norm_beside_in_place_activations(tmp_path: Path) -> None:
+    class Either(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                w = torch._weight_norm(self.weight_v, self.weight_g, 0)
+            else:
+                w = scale(self.weight_v, self.weight_g)
+            return F.linear(F.linear(x, w).relu_(), scale(self.more_v, self.more_g))
+
+    module, x = torch.jit.script(Either()), torch.randn(3, 4)
+    result = folded(saved(module, tmp_path))
+    assert set(result.state_dict()) == {"weight", "more"}
+    for sign in (1, -1):
+        torch.testing.assert_close(result(sign * x), module(sign * x))
+
+
+def test_a_magnitude_that_is_an_output_too_does_not_stop_the_others(tmp_path: Path) -> None:
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = HandMade(4, 4), HandMade(4, 4), parametrized(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.c(self.b(self.a(x))), self.a.weight_g, self.c.parametrizations.weight.original0
+
+    module, x = torch.jit.trace(trained(Shows()), torch.randn(2, 4)), torch.randn(2, 4)
+    report = wnconvert.convert_file(saved(module, tmp_path), command="fold")
+
+    half = "c.parametrizations.weight.original0"
+    assert {row.site.name: row.reason for row in report.rows} == {
+        "a.weight": "the code also reads a.weight_g apart from the weight norm",
+        "b.weight": None,
+        "c.weight": f"the code also reads {half} apart from the weight norm",
+    }
+    torch.testing.assert_close(torch.jit.load(report.output)(x), module(x))
+
+
+def test_bytecode_for_the_lite_interpreter_is_not_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = traced(legacy)
+    path = tmp_path / "model.ptl"
+    module._save_for_lite_interpreter(str(path))
+
+    assert main(["inspect", str(path)]) == 0
+    assert "bytecode" in capsys.readouterr().out
+    assert main(["fold", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "fold what torch.jit.save writes" in said
+    assert list(tmp_path.iterdir()) == [path]
+    # The advice works.
+    folded(saved(module, tmp_path))._save_for_lite_interpreter(str(path))
+    from torch.jit.mobile import _load_for_lite_interpreter
+
+    x = torch.randn(2, 2, 5)
+    torch.testing.assert_close(_load_for_lite_interpreter(str(path))(x), module(x))
+
+
+def _with_constants(path: Path, values: list[float], traces: bool) -> Path:
+    """A network that adds constants; the order of the values is the one in which the code has them."""
+
+    def add(x: Tensor) -> Tensor:
+        for value in values:
+            x = x + torch.tensor([value, 1.0])
+        return x
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.forward = lambda x: add(net[0](x))
+    module = torch.jit.trace(net, torch.randn(1, 2))
+    torch.jit.save(module, path)
+    if not traces:
+        _without(path, "traced_inputs.pkl")
+    return path
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_verify_takes_constants_in_any_order(traces: bool, tmp_path: Path) -> None:
+    one = _with_constants(tmp_path / "a.jit", [1, 2], traces)
+    two = _with_constants(tmp_path / "b.jit", [2, 1], traces)
+    other = _with_constants(tmp_path / "c.jit", [1, 3], traces)
+
+    same, different = wnconvert.verify(one, two), wnconvert.verify(one, other)
+    assert same.same
+    assert different.outputs is not None
+    if traces:
+        assert same.outputs is not None
+        assert same.outputs.equal
+        assert not different.same
+    else:
+        assert different.outputs.equal is None
+        assert "constants of the code differ" in str(different.outputs.note)

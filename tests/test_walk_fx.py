@@ -237,6 +237,14 @@ def test_weights_that_a_function_takes_in_no_usable_form_are_skipped_with_the_re
     assert site.skip == reason
 
 
+def test_a_weight_with_one_value_for_each_unit_is_skipped() -> None:
+    (site,) = wnconvert.find(Calls((1, 4), lambda x, w: x @ w))
+    assert site.skip == "each of its units has a single value, so a magnitude would be all of it"
+    module = nn.Linear(1, 4)
+    wnconvert.apply(module)  # as torch does, which tells the pair by its names
+    assert [row.action for row in wnconvert.fold(module).report.rows] == ["folded"]
+
+
 def test_a_vector_is_a_site_that_is_skipped() -> None:
     (site,) = wnconvert.find(Calls((4,), lambda x, w: x @ w))
     assert site.skip == "a vector has no output units to keep"

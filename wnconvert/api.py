@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -14,6 +15,7 @@ from torch.export import ExportedProgram
 from wnconvert import compare, convert, files, jobs
 from wnconvert.carriers import Carrier
 from wnconvert.carriers.module import ModuleCarrier
+from wnconvert.carriers.module_forms import undone_on_error
 from wnconvert.carriers.program import ProgramCarrier
 from wnconvert.carriers.torchscript import ScriptedCarrier
 from wnconvert.errors import NothingToDo, UsageError
@@ -80,17 +82,15 @@ def apply(
         UsageError: a glob matches nothing.
         InputError: a lazy layer has no shape yet.
     """
-    carrier = _carrier(model, example=Example.of(example_inputs))
     selection = _selection(include, exclude, kinds)
-    try:
-        report = convert.apply(carrier, selection=selection, dim=_dim(dim), names=names)
-    except NothingToDo as nothing:
-        report = _report_of(nothing)
-    finally:
-        # Also after an interruption, or a network split in part would not run.
-        if isinstance(carrier, ModuleCarrier):
-            carrier.clean()
-    return Result(_result(model, carrier), report)
+    with _outside_inference_mode(model):
+        carrier = _carrier(model, example=Example.of(example_inputs))
+        with _changing(carrier):
+            try:
+                report = convert.apply(carrier, selection=selection, dim=_dim(dim), names=names)
+            except NothingToDo as nothing:
+                report = _report_of(nothing)
+        return Result(_result(model, carrier), report)
 
 
 def fold(
@@ -114,19 +114,18 @@ def fold(
         PairError: a pair holds NaN, infinity, or a zero direction with a magnitude.
         UsageError: a glob matches nothing.
     """
-    # What is split is known without a trace.
-    carrier = _carrier(model, trace=False)
     selection = _selection(include, exclude, kinds)
-    if isinstance(carrier, ModuleCarrier):
-        carrier.require_pairs(selection)
-    try:
-        report = convert.fold(carrier, selection=selection)
-    except NothingToDo as nothing:
-        report = _report_of(nothing)
-    finally:
+    with _outside_inference_mode(model):
+        # What is split is known without a trace.
+        carrier = _carrier(model, trace=False)
         if isinstance(carrier, ModuleCarrier):
-            carrier.clean()
-    return Result(_result(model, carrier), report)
+            carrier.require_pairs(selection)
+        with _changing(carrier):
+            try:
+                report = convert.fold(carrier, selection=selection)
+            except NothingToDo as nothing:
+                report = _report_of(nothing)
+        return Result(_result(model, carrier), report)
 
 
 def convert_file(
@@ -199,6 +198,38 @@ def verify(
     (name_a, carrier_a), (name_b, carrier_b) = _side(a, reading), _side(b, reading)
     weights = compare.compare_weights(carrier_a, carrier_b, match_prefix=True)
     return Verdict(name_a, name_b, (carrier_a.walker, carrier_b.walker), weights)
+
+
+@contextlib.contextmanager
+def _changing(carrier: _InMemory) -> Iterator[None]:
+    """Leave a module in working order whatever happens: converted, or as it was."""
+    if not isinstance(carrier, ModuleCarrier):
+        yield
+        return
+    with undone_on_error(carrier.module):
+        try:
+            yield
+        finally:
+            # Also after an interruption, or a graph split in part would not run.
+            carrier.clean()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode(model: nn.Module | Mapping[str, Any] | ExportedProgram) -> Iterator[None]:
+    """Make ordinary tensors, which can be trained later, also where the caller is in inference mode.
+
+    A module that was made in that mode can live nowhere else.
+    """
+    if not torch.is_inference_mode_enabled() or (isinstance(model, nn.Module) and _made_in_inference_mode(model)):
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _made_in_inference_mode(module: nn.Module) -> bool:
+    # A lazy parameter cannot even be asked.
+    return any(type(parameter) is nn.Parameter and parameter.is_inference() for parameter in module.parameters())
 
 
 def _side(

@@ -22,6 +22,9 @@ _KEY = "_weight_norm_handed_out"
 _LAYERS = ("torch.nn.modules.", *{kind.path.rpartition(".")[0] for kind in kinds.MODULES} - {"torch.nn"})
 """Python modules that only read their weights, many times a second, but where they initialise them."""
 
+_CONTAINERS = "torch.nn.modules.container"
+"""Reads its weights for somebody else: `ParameterList` and `ParameterDict`."""
+
 
 class _Read(NamedTuple):
     weight: Tensor
@@ -31,7 +34,7 @@ class _Read(NamedTuple):
 def remember(module: nn.Module, name: str, weight: Tensor, reader: FrameType) -> None:
     """Keep a weight that is about to leave its layer, unless the reader is known to leave it alone."""
     home = reader.f_globals.get("__name__", "")
-    if home.startswith(_LAYERS) and "reset_parameters" not in reader.f_code.co_name:
+    if home != _CONTAINERS and home.startswith(_LAYERS) and "reset_parameters" not in reader.f_code.co_name:
         return
     # Tracers, transforms and distributed tensors hand out stand-ins.
     if type(weight) is Tensor and eager.is_plain():

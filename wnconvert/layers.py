@@ -50,6 +50,11 @@ class WeightNormLayer(nn.Module):
 
     _weight_norm: dict[str, Spec]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A base class may register its subclasses, or refuse one: ours stands for the base itself and is none of them.
+        if "_base_class" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_weight_norm", ()):
             _assign(self, name, value)
@@ -115,12 +120,13 @@ def attach(module: nn.Module, name: str, spec: Spec, g: nn.Parameter, v: nn.Para
     """Replace the parameter `name` of `module` by a computed weight with the given magnitude and direction."""
     specs: dict[str, Spec] = module.__dict__.get("_weight_norm", {})
     order = next(iter(specs.values())).order if specs else tuple(module._parameters)
-    base = base_class(type(module))
+    # The one step that the base class can make fail comes before any change.
+    cls = subclass(base_class(type(module)), (*specs, name))
     del module._parameters[name]
     module.__dict__["_weight_norm"] = {**specs, name: spec._replace(order=order)}
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
-    module.__class__ = subclass(base, (*specs, name))
+    module.__class__ = cls
     # After the bias, as torch has it: optimizer state counts parameters in this order.
     for key, parameter in zip(spell(name, "legacy"), (g, v), strict=True):
         module.register_parameter(key, parameter)
@@ -128,10 +134,19 @@ def attach(module: nn.Module, name: str, spec: Spec, g: nn.Parameter, v: nn.Para
 
 def obstacle(module: nn.Module, name: str) -> str | None:
     """Why a plain weight of this very module cannot be split in place, or None."""
+    if is_scripted(module):
+        return "its layer is TorchScript, which holds its weights itself: convert it by itself"
+    if module.get_parameter(name).is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in inference mode, so that nobody can train it: replace it by a clone of itself first"
     if wrapper(module):
         return f"its layer has become a {type(module).__name__} since it was split; undo that first"
     taken = next((key for key in spell(name, "legacy") if hasattr(module, key)), None)
     return None if taken is None else f"its layer has a {taken} of its own"
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether this is TorchScript, which keeps its weights in compiled code and has no real dictionaries."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def wrapper(module: nn.Module) -> bool:
@@ -141,15 +156,17 @@ def wrapper(module: nn.Module) -> bool:
 
 def detach(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     """Put a plain parameter back in the place of a computed weight."""
+    left = {key: spec for key, spec in module.__dict__["_weight_norm"].items() if key != name}
+    order = spec_of(module, name).order
+    cls = subclass(base_class(type(module)), tuple(left))
     handed_out.forget(module, name)
-    base = base_class(type(module))
-    order = module.__dict__["_weight_norm"].pop(name).order
     for key in spell(name, "legacy"):
         del module._parameters[key]
-    left = split_names(module)
-    if not left:
+    if left:
+        module.__dict__["_weight_norm"] = left
+    else:
         del module.__dict__["_weight_norm"]
-    module.__class__ = subclass(base, left)
+    module.__class__ = cls
     restore_parameter(module, name, weight, order)
 
 
@@ -271,12 +288,16 @@ def _as_parameter(module: nn.Module, name: str) -> Tensor:
     """Compute a weight, and mark it as trainable where the parameter that it stands for would be.
 
     Some of torch's kernels (recurrent ones, matmul) take another path for weights that do not require gradients, even
-    under no_grad, and that path rounds differently.
+    under no_grad, and that path rounds differently. So they do for tensors made in inference mode, as a parameter
+    seldom is.
     """
-    weight = _compute(module, name)
     if torch.is_grad_enabled() or not eager.is_plain():
-        return weight
-    return weight.requires_grad_(getattr(module, spell(name, "legacy")[1]).requires_grad)
+        return _compute(module, name)
+    v = getattr(module, spell(name, "legacy")[1])
+    if not torch.is_inference_mode_enabled() or v.is_inference():
+        return _compute(module, name).requires_grad_(v.requires_grad)
+    with torch.inference_mode(False), torch.no_grad():
+        return _compute(module, name).requires_grad_(v.requires_grad)
 
 
 def _assign(module: nn.Module, name: str, value: Any) -> None:

@@ -48,6 +48,7 @@ class Use:
         out_axis: the axis of the root that indexes output units.
         groups: above 1, `out_axis` refers to the root seen as `[groups, shape[0] / groups, ...]`.
         problem: why this use rules out splitting the weight, or None.
+        written: it changes the weight in place, or what a weight norm has computed. That rules out folding too.
     """
 
     root: str
@@ -57,6 +58,7 @@ class Use:
     out_axis: Axis
     groups: int = 1
     problem: str | None = None
+    written: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,6 +179,9 @@ def resolve(
         reason = f"its uses disagree on the axis: {said}"
     if reason is None and (not shape or 0 in shape):
         reason = "a scalar has no direction" if not shape else "it is empty"
+    if reason is None and g_shape(shape, axis, groups) == tuple(shape) and any(size > 1 for size in shape[1:]):
+        # Nothing would tell such a pair from any two tensors of one shape.
+        reason = "each of its units has a single value, so a magnitude would be all of it"
     return Site(
         name=first.root,
         kind=first.kind,

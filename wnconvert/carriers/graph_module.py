@@ -8,17 +8,21 @@ others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, fx, nn
 
 from wnconvert import layers
 from wnconvert.carriers import graph_edit
+from wnconvert.carriers.graph_edit import Reads
 from wnconvert.carriers.module_forms import SplitWeight, pair_problem
+from wnconvert.carriers.outside_reads import outside_reads
 from wnconvert.names import spell
 from wnconvert.sites import Use
 from wnconvert.walk import graph_uses
 from wnconvert.walk.graph_uses import GraphUses
+from wnconvert.walk.ladder import Example
 from wnconvert.walk.trace import weights_of
 
 
@@ -29,17 +33,20 @@ class GraphWeights:
         uses: of weights by functions. `read` fills it.
         pairs: weights that a graph computes from a magnitude and a direction, by name. `read` fills it.
         others: names of functions that take a weight and are no layers, by weight. `read` fills it.
+        written: how the graphs change parameters, or computed weights, in place, by name. `read` fills it.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
+    def __init__(self, root: nn.Module, example: Example | None = None) -> None:
+        self._root, self._example = root, example
         self._modules = [(path, module) for path, module in root.named_modules() if isinstance(module, fx.GraphModule)]
         self._formulas: dict[str, dict[str, list[fx.Node]]] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._edited: dict[str, None] = {}
+        self._indices: dict[str, Reads] = {}
         self.uses: list[Use] = []
         self.pairs: dict[str, SplitWeight] = {}
         self.others: dict[str, tuple[str, ...]] = {}
+        self.written: dict[str, str] = {}
 
     @property
     def called(self) -> frozenset[str]:
@@ -57,26 +64,30 @@ class GraphWeights:
         Args:
             held: the weights that layers hold split.
         """
-        self.uses, self.pairs, self._formulas, self._keys = [], {}, {}, {}
+        self.uses, self.pairs, self.written, self._formulas, self._keys, self._indices = [], {}, {}, {}, {}, {}
         if not self._modules:
             return
         tensors, clashing = weights_of(self._root), set()
         handed: dict[fx.Node, str] = {}
         for path, module in self._modules:
-            found = self._read_graph(path, module, tensors, handed)
+            found, leaves = self._read_graph(path, module, tensors, handed)
             self.others |= found.others
             self.uses += [dataclasses.replace(use, where=_join(path, use.where)) for use in found.uses]
             for formula in found.formulas:
                 keys = formula.g, formula.v
                 if self._keys.setdefault(formula.name, keys) != keys:
                     clashing.add(formula.name)
-                node = graph_edit.past_cast(formula.node, tensors[formula.v].dtype)
+                node = graph_edit.past_cast(formula, tensors[formula.v].dtype, leaves)
                 self._formulas.setdefault(formula.name, {}).setdefault(path, []).append(node)
+        self.written = {use.root: use.problem or "changed in place" for use in reversed(self.uses) if use.written}
+        taken: set[str] = set()
         for name, keys in self._keys.items():
             if name not in held:
                 g, v = (tensors[key] for key in keys)
-                problem = "its direction belongs to several magnitudes" if name in clashing else self._problem(keys)
+                problem = "its direction belongs to several magnitudes" if name in clashing else None
+                problem = problem or self._problem(name, keys, taken)
                 self.pairs[name] = SplitWeight("graph", g, v, problem or pair_problem(g, v), keys)
+                taken |= {*keys}
         split = {**held, **self.pairs}
         halves = {key for name, pair in split.items() for key in pair.keys(name)}
         plain = dict(self._root.named_parameters(remove_duplicate=False)).keys() - halves
@@ -87,9 +98,20 @@ class GraphWeights:
         return next(self._reads(name), None) is not None
 
     def holds(self, name: str) -> bool:
-        """Whether nothing but a graph reads this parameter: what it belongs to has no forward pass of its own."""
+        """Whether it is for graphs to compute this weight: what it belongs to has no forward pass of its own."""
         owner = self._root.get_submodule(name.rpartition(".")[0])
         return isinstance(owner, fx.GraphModule) or (type(owner) is nn.Module and self.reads(name))
+
+    def obstacle(self, name: str) -> str | None:
+        """Why graphs cannot compute a weight that `holds` leaves to them, or None."""
+        return self._outside.get(name) if self.holds(name) else None
+
+    @functools.cached_property
+    def _outside(self) -> Mapping[str, str]:
+        """Parameters that something outside the graphs reads. A graph at the root leaves nothing outside."""
+        if not self._modules or isinstance(self._root, fx.GraphModule):
+            return {}
+        return outside_reads(self._root, self._example)
 
     def other_reader(self, keys: Mapping[str, tuple[str, str]]) -> str | None:
         """What a graph does with the halves of a pair beside computing the weight, or None.
@@ -100,7 +122,8 @@ class GraphWeights:
         for path, module in self._modules:
             below = (_below(path, key) for halves in keys.values() for key in halves)
             formulas = [node for name in keys for node in self._formulas.get(name, {}).get(path, [])]
-            other = graph_edit.other_reader(module.graph, [target for target in below if target is not None], formulas)
+            targets = [target for target in below if target is not None]
+            other = graph_edit.other_reader(self._index(path, module), targets, formulas)
             if other is not None:
                 return f"the graph uses its magnitude or direction by itself, in {_join(path, other.name)}"
         return None
@@ -116,16 +139,17 @@ class GraphWeights:
         """Compute a weight wherever a graph reads it. Its pair is in place already."""
         for path, module, nodes in list(self._reads(name)):
             g_name, v_name = spell(str(nodes[0].target), "legacy")
-            graph_edit.split_reads(module.graph, nodes, (g_name, v_name), spec, v)
+            graph_edit.split_reads(self._index(path, module), nodes, (g_name, v_name), spec, v)
             self._edited[path] = None
 
     def fold(self, name: str, weight: nn.Parameter) -> None:
         """Read a weight wherever a graph computes it. It takes the place of a pair that only graphs read."""
         if name in self.pairs:
             self._put_plain(name, self.pairs.pop(name).keys(name), weight)
+        modules = dict(self._modules)
         for path, nodes in self._formulas.pop(name, {}).items():
             g, v, plain = (str(_below(path, key)) for key in (*self._keys[name], name))
-            graph_edit.fold_formulas(dict(self._modules)[path].graph, nodes, (g, v), plain)
+            graph_edit.fold_formulas(self._index(path, modules[path]), nodes, (g, v), plain)
             self._edited[path] = None
 
     def finish(self) -> None:
@@ -137,26 +161,39 @@ class GraphWeights:
     @staticmethod
     def _read_graph(
         path: str, module: fx.GraphModule, tensors: Mapping[str, Tensor], handed: dict[fx.Node, str]
-    ) -> GraphUses:
-        """Read one graph. `handed` are placeholders that are weights; those of the graphs that it calls are added."""
+    ) -> tuple[GraphUses, Mapping[fx.Node, str]]:
+        """Read one graph, and tell which of its nodes are weights.
+
+        `handed` are placeholders that are weights; those of the graphs that it calls are added.
+        """
         graph = module.graph
         names = {node: _join(path, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
         leaves = {node: name for node, name in names.items() if name in tensors}
         leaves |= {node: handed[node] for node in graph.find_nodes(op="placeholder") if node in handed}
         for _, given in graph_edit.calls(module):
             handed |= {inner: leaves[outer] for inner, outer in given.items() if outer in leaves}
-        return graph_uses.read(graph, leaves, tensors)
+        return graph_uses.read(graph, leaves, tensors), leaves
+
+    def _index(self, path: str, module: fx.GraphModule) -> Reads:
+        if path not in self._indices:
+            self._indices[path] = Reads(module.graph)
+        return self._indices[path]
 
     def _reads(self, name: str) -> Iterator[tuple[str, fx.GraphModule, list[fx.Node]]]:
         for path, module in self._modules:
             target = _below(path, name)
-            nodes = graph_edit.reads(module.graph, target) if target is not None else []
+            nodes = self._index(path, module).of(target) if target is not None else []
             if nodes:
                 yield path, module, nodes
 
-    def _problem(self, keys: tuple[str, str]) -> str | None:
-        if any(set(keys) & set(pair.named or ()) for pair in self.pairs.values()):
+    def _problem(self, name: str, keys: tuple[str, str], taken: set[str]) -> str | None:
+        """Why a pair cannot be folded. `taken` are the halves of other pairs."""
+        if not taken.isdisjoint(keys):
             return "its magnitude or direction belongs to another weight too"
+        written = next((self.written[key] for key in (name, *keys) if key in self.written), None)
+        outside = next((self._outside[key] for key in keys if key in self._outside), None)
+        if written or outside:
+            return written or outside
         for key in keys:
             owner = self._root.get_submodule(key.rpartition(".")[0])
             if type(owner) is not nn.Module and not isinstance(owner, fx.GraphModule):

@@ -41,7 +41,7 @@ class ModuleCarrier:
         self.module = module
         self._tries_layers = trace
         self._listed: tuple[Dim, list[Site]] | None = None
-        self._graphs = GraphWeights(module)
+        self._graphs = GraphWeights(module, example)
         for name, parameter in module.named_parameters():
             if isinstance(parameter, UninitializedParameter):
                 raise InputError(f"{name}: a lazy layer has no shape yet; run one forward pass before converting")
@@ -51,7 +51,7 @@ class ModuleCarrier:
     def _walk(self, trace: bool, example: Example | None) -> Walk:
         if isinstance(self.module, fx.GraphModule):
             return Walk("fx", trace=Trace((), self._graphs.called, self._graphs.others, ()))
-        if not trace or modules.kind_of(self.module) is not None:
+        if not trace or modules.is_plain_layer(self.module):
             return Walk("modules")
         return walk(self.module, example)
 
@@ -198,7 +198,8 @@ class ModuleCarrier:
     def _split_site(self, names: list[str], split: Mapping[str, SplitWeight], uses: list[Use]) -> Site:
         name, owner = names[0], self._owner(names[0])
         pair, keys = split[name], {key: split[key].keys(key) for key in names if key in split}
-        problem, groups, axis = pair.problem or self._graphs.other_reader(keys), 1, None
+        written = next((use.problem for use in uses if use.written), None)
+        problem, groups, axis = pair.problem or written or self._graphs.other_reader(keys), 1, None
         if problem is None:
             try:
                 groups, axis = weightnorm.pair_axis(pair.g.shape, pair.v.shape, name)
@@ -231,7 +232,8 @@ class ModuleCarrier:
         if type(weight) is not nn.Parameter:
             return site.skipped(f"held as a {type(weight).__name__}, which may not be replaced")
         problems = (layers.obstacle(owner.module, owner.name) for owner in self._owners(site.name, *site.tied))
-        problem = next((problem for problem in problems if problem), None)
+        read_outside = (self._graphs.obstacle(name) for name in (site.name, *site.tied))
+        problem = next((problem for problem in (*problems, *read_outside) if problem), None)
         return site.skipped(problem) if problem else site
 
     def _foreign_sites(self) -> list[Site]:

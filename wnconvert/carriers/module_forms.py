@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -51,6 +52,8 @@ class SplitWeight:
 def split_weights(module: nn.Module) -> dict[str, SplitWeight]:
     """Every split weight of this very module, by the name of the plain weight."""
     found: dict[str, SplitWeight] = {}
+    if layers.is_scripted(module):
+        return found
     wrapped = (
         f"its layer has become a {type(module).__name__} since; undo that first" if layers.wrapper(module) else None
     )
@@ -76,7 +79,9 @@ def all_split_weights(root: nn.Module) -> dict[str, SplitWeight]:
 
 def other_parametrizations(module: nn.Module) -> dict[str, str]:
     """Weights held by something that is not weight norm, with the reason to leave them alone."""
-    found = {}
+    found: dict[str, str] = {}
+    if layers.is_scripted(module):
+        return found
     for name, chain in _parametrizations(module):
         if not isinstance(chain[0], _WeightNorm):
             found[name] = f"parametrized by {type(chain[0]).__name__.lstrip('_')}, which is not weight norm"
@@ -108,6 +113,8 @@ def remove_leftover_hooks(module: nn.Module) -> None:
 
     They are local functions, so a module that keeps one cannot be pickled (pytorch#137409).
     """
+    if layers.is_scripted(module):
+        return
     held = {name for name, _ in _parametrizations(module)}
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         function: Any = getattr(hook, "hook", hook)
@@ -116,6 +123,52 @@ def remove_leftover_hooks(module: nn.Module) -> None:
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if "name" not in closure or closure["name"].cell_contents not in held:
             del module._load_state_dict_pre_hooks[key]
+
+
+@contextlib.contextmanager
+def undone_on_error(root: nn.Module) -> Iterator[None]:
+    """Put every module of a network back as it was if an exception leaves the block.
+
+    A network with graphs is left as it is: its graphs change in place, with the modules that they read.
+    """
+    modules = [module for module in root.modules() if not layers.is_scripted(module)]
+    if any(isinstance(module, fx.GraphModule) for module in modules):
+        yield
+        return
+    kept = [_Kept.of(module) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for state in kept:
+            state.restore()
+        raise
+
+
+class _Kept(NamedTuple):
+    """What of a module may change when a weight takes another form. No tensor changes, only who holds it."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    entries: dict[str, dict[Any, Any]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Kept:
+        # What was written into a weight before is no part of what is undone.
+        layers.settle(module)
+        attributes = dict(vars(module))
+        names = "_parameters", "_modules", "_forward_pre_hooks", "_load_state_dict_pre_hooks"
+        return cls(module, type(module), attributes, {name: dict(attributes[name]) for name in names})
+
+    def restore(self) -> None:
+        # Past a `__setattr__` of the layer, which may be what failed.
+        object.__setattr__(self.module, "__class__", self.cls)
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+        for name, entries in self.entries.items():
+            held = self.attributes[name]
+            held.clear()
+            held.update(entries)
 
 
 def _pair(holder: nn.Module, keys: tuple[str, str], form: Form, problem: str | None = None) -> SplitWeight:

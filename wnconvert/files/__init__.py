@@ -111,7 +111,7 @@ FORMATS: tuple[Format, ...] = (
     Format("onnx", (".onnx",), "wnconvert.files.onnx"),
     Format(
         "torchscript",
-        (".jit", ".torchscript", ".ptl"),
+        (".jit", ".torchscript"),
         "wnconvert.files.torchscript",
         splits_into=("safetensors", "torch"),
     ),

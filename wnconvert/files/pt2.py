@@ -60,13 +60,16 @@ class Pt2Document:
 
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`."""
-        program = self.carrier.rebuild()
+        program, target = self.carrier.rebuild(), folder / name
+        # A name, which has to end so: into an open file, torch writes by way of Python, and where Ctrl-C interrupts
+        # that, its C++ ends the process.
+        written = target if target.suffix == ".pt2" else folder / f"{name}.pt2"
         try:
-            with (folder / name).open("wb") as file:
-                # torch goes by the suffix unless it is given an open file.
-                torch.export.save(program, file, extra_files=self._extra)
+            with pt2_load.told_by_torch():
+                torch.export.save(program, written, extra_files=self._extra)
         except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{name}: cannot be written: {torch_load.first_line(error)}") from error
+        written.replace(target)
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:
         """See `Document.compare_outputs`."""

@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -22,29 +21,10 @@ from torch.export import ExportedProgram
 
 from wnconvert.errors import InputError
 from wnconvert.files import sniff
-from wnconvert.files.torch_load import first_line
+from wnconvert.files.torch_load import DAMAGE, first_line
 
 # What torch raises on an archive that is not what it claims to be.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    SpecViolationError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+_DAMAGE = (*DAMAGE, SpecViolationError, SyntaxError)
 
 _OLD = "serialized_exported_program.json"
 """The program in an archive of torch 2.7 and before."""
@@ -71,7 +51,7 @@ def load(path: Path, *, unsafe: bool) -> tuple[ExportedProgram, dict[str, str]]:
     _require_one_program(path, names)
     # torch fills in every text that there is, but takes an empty mapping for none.
     extra: dict[str, Any] = {"": None}
-    with _told_by_torch() as told, warnings.catch_warnings():
+    with told_by_torch() as told, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             reason = None if unsafe else _runs_code(path, names)
@@ -170,7 +150,7 @@ _FORMULA = (
 
 
 @contextmanager
-def _told_by_torch() -> Iterator[list[BaseException]]:
+def told_by_torch() -> Iterator[list[BaseException]]:
     """Collect the errors that torch logs, with their tracebacks, before it raises one that refers to the log."""
     told: list[BaseException] = []
 
@@ -180,12 +160,14 @@ def _told_by_torch() -> Iterator[list[BaseException]]:
                 told.append(record.exc_info[1])
 
     logger, collector = logging.getLogger("torch.export"), Collector()
-    passes_on, handlers = logger.propagate, logger.handlers
-    logger.propagate, logger.handlers = False, [collector]
+    # It has a handler of its own, tells nothing of use, and one of its messages is not even well formed.
+    other = logging.getLogger("torch._export.serde.serialize")
+    before = logger.propagate, logger.handlers, other.disabled
+    logger.propagate, logger.handlers, other.disabled = False, [collector], True
     try:
         yield told
     finally:
-        logger.propagate, logger.handlers = passes_on, handlers
+        logger.propagate, logger.handlers, other.disabled = before
 
 
 def _said(error: BaseException) -> str:

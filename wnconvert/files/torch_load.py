@@ -23,7 +23,6 @@ _PICKLE = b"\x80"
 _CORES = ("core", "_core")
 """Where numpy keeps the constructor of its scalars, in old and new versions."""
 
-# What torch.load raises on bytes that are not what they claim to be.
 DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -42,7 +41,7 @@ DAMAGE = (
     struct.error,
     zipfile.BadZipFile,
 )
-
+"""What torch.load raises on bytes that are not what they claim to be."""
 
 _VERDICT = "WeightsUnpickler error: "
 

@@ -9,7 +9,9 @@ is neither loaded nor run.
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wnconvert import bits
 from wnconvert.carriers.torchscript import TorchScriptCarrier
 from wnconvert.carriers.torchscript.archive import Archive
+from wnconvert.carriers.torchscript.carrier import NO_MOBILE_FOLD
 from wnconvert.errors import UsageError, VerificationError
 from wnconvert.files import torchscript_run
 from wnconvert.files.magnitudes import statistics
@@ -63,7 +65,7 @@ class TorchScriptDocument:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.carrier = TorchScriptCarrier(Archive(path, str(path)))
-        self.notes: list[str] = []
+        self.notes = [NO_MOBILE_FOLD] if self.carrier.is_mobile else []
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
@@ -99,7 +101,14 @@ class TorchScriptDocument:
         """Run both on random inputs like those with which they were traced."""
         if not isinstance(other, TorchScriptDocument):
             return None
-        return _fixed_tensors(self.carrier, other.carrier) or torchscript_run.compare(self.path, other.path)
+        differing = _attributes(self.carrier, other.carrier)
+        if differing is not None:
+            return OutputCheck(False, note=f"{differing}, which is no parameter or buffer, differs")
+        outputs = torchscript_run.compare(self.path, other.path)
+        if outputs.equal is None and _constants(self.carrier) != _constants(other.carrier):
+            # The code may use other ones and still compute the same.
+            return OutputCheck(None, note=f"the constants of the code differ; {outputs.note}")
+        return outputs
 
 
 def _save_state(state: dict[str, Tensor], target: Path) -> None:
@@ -111,12 +120,18 @@ def _save_state(state: dict[str, Tensor], target: Path) -> None:
     save_file(apart, target, metadata={"format": "pt"})
 
 
-def _fixed_tensors(a: TorchScriptCarrier, b: TorchScriptCarrier) -> OutputCheck | None:
-    """Whether tensors that no state dict holds differ: two networks with other constants are not the same."""
-    left, right = a.fixed(), b.fixed()
-    for name in left.keys() & right.keys():
-        x, y = left[name](), right[name]()
-        same = x.shape == y.shape and x.dtype == y.dtype
-        if not same or not bits.same(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))):
-            return OutputCheck(False, note=f"{name}, which is no parameter or buffer, differs")
-    return None
+def _attributes(a: TorchScriptCarrier, b: TorchScriptCarrier) -> str | None:
+    """A plain attribute that differs: no state dict holds it, but two networks with other ones are not the same."""
+    left, right = a.fixed("attribute"), b.fixed("attribute")
+    shared = (name for name in left if name in right)
+    return next((name for name in shared if _fingerprint(left[name]()) != _fingerprint(right[name]())), None)
+
+
+def _constants(carrier: TorchScriptCarrier) -> Counter[object]:
+    """The constants of the code without their names, which only count them in the order of the code."""
+    return Counter(_fingerprint(load()) for load in carrier.fixed("constant").values())
+
+
+def _fingerprint(tensor: Tensor) -> object:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.dtype, tensor.shape, hashlib.sha256(data).digest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from wnconvert.carriers.torchscript import pickled
 from wnconvert.carriers.torchscript.archive import DAMAGE, Archive, StoredTensor, first_line
 from wnconvert.carriers.torchscript.code import dotted
 from wnconvert.report.model import OutputCheck
+from wnconvert.walk.recipe import parts
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the largest magnitude of an output. torch's own weight norm rounds in another order."""
@@ -56,7 +56,7 @@ def _outputs(path: Path, inputs: tuple[Any, ...]) -> list[Tensor]:
     module = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return list(_tensors(module(*inputs)))
+        return [part for part in parts(module(*inputs)) if isinstance(part, Tensor)]
 
 
 def _difference(left: list[Tensor], right: list[Tensor]) -> OutputCheck:
@@ -73,17 +73,6 @@ def _difference(left: list[Tensor], right: list[Tensor]) -> OutputCheck:
         largest, allowed = max(largest, relative), max(allowed, tolerance)
         equal = equal and relative <= tolerance
     return OutputCheck(equal, largest, allowed)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _inputs(path: Path) -> tuple[Any, ...] | None:

@@ -16,6 +16,11 @@ from wnconvert.walk.trace import TraceFailed
 _METHODS = ("forward", "_conv_forward")
 
 
+def is_custom(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a layer has a forward pass of its own."""
+    return any(getattr(type(module), method, None) is not getattr(base, method, None) for method in _METHODS)
+
+
 def uses_of(module: nn.Module, base: type[nn.Module], name: str) -> list[Use] | None:
     """How a layer uses its own weight.
 
@@ -27,7 +32,7 @@ def uses_of(module: nn.Module, base: type[nn.Module], name: str) -> list[Use] | 
     Returns:
         None if the layer computes what its base does, or cannot be tried alone.
     """
-    if all(getattr(type(module), method, None) is getattr(base, method, None) for method in _METHODS):
+    if not is_custom(module, base):
         return None
     weight = module._parameters[name]
     example = None if weight is None else _example(module, weight)

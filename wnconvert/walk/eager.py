@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from wnconvert.walk import recipe
 from wnconvert.walk.graph_uses import function_name
 from wnconvert.walk.moves import MOVEMENTS
 from wnconvert.walk.reader import Computed, Reader
 from wnconvert.walk.recipe import OPAQUE, Leaf, rebuild
-from wnconvert.walk.trace import Trace, failed, twin, weights_of
+from wnconvert.walk.trace import Trace, TraceFailed, failed, weights_of
+from wnconvert.walk.twin import twin
+from wnconvert.walk.writes import written
 
 
 def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
@@ -25,8 +28,19 @@ def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tr
         TraceFailed: its forward pass fails on these inputs.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), twin(root) as copied:
+        return _trace(root, args, kwargs, hooks=False)
+    except TraceFailed:
+        if not any(module._forward_hooks for module in root.modules()):
+            raise
+        # Some networks hand on their results through hooks. Here these see tensors with values, never stand-ins.
+        return _trace(root, args, kwargs, hooks=True)
+
+
+def _trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, hooks: bool) -> Trace:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), twin(root, data=True, hooks=hooks) as copied:
             watch = _Watch(copied)
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
             with watch.modules(copied), watch:
                 copied(*args, **kwargs)
     except Exception as error:
@@ -42,6 +56,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         weights = weights_of(root)
+        self._parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
         self.reader = Reader(weights)
         self.norms: list[Computed] = []
         self.called: dict[str, None] = {}
@@ -83,7 +98,6 @@ class _Watch(TorchFunctionMode):
         tensors = [part for part in recipe.parts((args, kwargs)) if isinstance(part, Tensor)]
         if tensors and not any(id(tensor) in self._known for tensor in tensors):
             return func(*args, **kwargs)
-        result = func(*args, **kwargs)
         name = function_name(func, args)
         # Selecting by an index from the input (one expert of many) moves elements all the same.
         plain = name.rstrip("_") in MOVEMENTS
@@ -97,7 +111,13 @@ class _Watch(TorchFunctionMode):
             return part if plain and not part.is_floating_point() else OPAQUE
 
         where = ".".join(filter(None, (self._inside[-1] if self._inside else "", name)))
-        made, pair = self.reader.call(name, func, rebuild(args, value_of), rebuild(kwargs, value_of), where=where)
+        recipes = rebuild(args, value_of), rebuild(kwargs, value_of)
+        # The copy shares the memory of the parameters.
+        changed = self._parameters.intersection(written(name, func, *recipes))
+        if changed:
+            raise RuntimeError(f"its forward pass changes {min(changed)} in place")
+        result = func(*args, **kwargs)
+        made, pair = self.reader.call(name, func, *recipes, where=where)
         if pair is not None:
             self.norms.append(pair)
         self._learn(result, made)

@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from wnconvert.walk import program
-from wnconvert.walk.trace import Trace, failed, twin, weights_of
+from wnconvert.walk.trace import Trace, failed, weights_of
+from wnconvert.walk.twin import twin
 
 
 def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
@@ -24,7 +25,7 @@ def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tr
         TraceFailed: its forward pass depends on values, or fails.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet(), twin(root) as copied:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet(), twin(root, data=True) as copied:
             exported = torch.export.export(copied, tuple(args), dict(kwargs), strict=False)
     except Exception as error:
         # The forward pass is somebody's code run on stand-ins: it may raise anything at all.

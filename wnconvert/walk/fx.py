@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from wnconvert.walk.graph_uses import read
-from wnconvert.walk.modules import kind_of
-from wnconvert.walk.trace import Trace, failed, twin, weights_of
+from wnconvert.walk.modules import is_plain_layer, kind_of
+from wnconvert.walk.trace import Trace, TraceFailed, failed, weights_of
+from wnconvert.walk.twin import twin
 
 
 def trace(root: nn.Module) -> Trace:
@@ -17,8 +18,16 @@ def trace(root: nn.Module) -> Trace:
         TraceFailed: its forward pass depends on values, or fails.
     """
     try:
-        with torch.random.fork_rng(devices=[]), twin(root) as copied:
-            tracer = _Tracer()
+        return _trace(root, into_layers=True)
+    except TraceFailed:
+        # Layers with a forward pass of their own may use more than their weight, or fail where the network would not.
+        return _trace(root, into_layers=False)
+
+
+def _trace(root: nn.Module, *, into_layers: bool) -> Trace:
+    try:
+        with torch.random.fork_rng(devices=[]), twin(root, data=False) as copied:
+            tracer = Tracer(into_layers=into_layers)
             graph = tracer.trace(copied)
             weights = _constants(tracer, graph) | weights_of(root)
     except Exception as error:
@@ -37,6 +46,14 @@ def _constants(tracer: fx.Tracer, graph: fx.Graph) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Does not trace into layers."""
+
+    def __init__(self, *, into_layers: bool) -> None:
+        """Trace into layers with a forward pass of their own, or not."""
+        super().__init__()
+        self._into_layers = into_layers
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return kind_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        known = is_plain_layer(m) if self._into_layers else kind_of(m) is not None
+        return known or super().is_leaf_module(m, module_qualified_name)

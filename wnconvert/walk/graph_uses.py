@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,10 +46,10 @@ def read(graph: fx.Graph, leaves: Mapping[fx.Node, str], weights: Mapping[str, T
     Args:
         graph: of a `GraphModule` or an exported program.
         leaves: the nodes that are parameters or buffers, with their names.
-        weights: every one of them by name; the data is not read.
+        weights: every one of them by name.
     """
-    reader, values = Reader(weights), {node: Leaf(name) for node, name in leaves.items()}
-    known: dict[fx.Node, Any] = dict(values)
+    reader = Reader(weights)
+    known: dict[fx.Node, Any] = {node: Leaf(name) for node, name in leaves.items()}
     formulas = []
     for node in graph.nodes:
         if node in known or node.op in ("placeholder", "get_attr", "output", "call_module"):
@@ -70,6 +70,17 @@ def read(graph: fx.Graph, leaves: Mapping[fx.Node, str], weights: Mapping[str, T
             formulas.append(Formula(pair.name, pair.g, pair.v, node))
     others = {name: tuple(functions) for name, functions in reader.others.items()}
     return GraphUses(tuple(reader.uses), tuple(formulas), others)
+
+
+def between(inputs: Iterable[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
+    """Every node that a value flows to from the inputs, not past the ends and without them."""
+    ends, ahead, found = set(ends), list(inputs), dict[fx.Node, None]()
+    while ahead:
+        for user in ahead.pop().users:
+            if user not in found and user not in ends:
+                found[user] = None
+                ahead.append(user)
+    return list(found)
 
 
 def function_name(function: Any, args: tuple[Any, ...]) -> str:

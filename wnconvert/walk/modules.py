@@ -57,6 +57,13 @@ def kind_of(module: nn.Module) -> ModuleKind | None:
     return None
 
 
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is of a class of the table, and computes what that class does."""
+    kind = kind_of(module)
+    base = None if kind is None else class_of(kind)
+    return base is not None and not custom.is_custom(module, base)
+
+
 def class_of(kind: ModuleKind) -> type[nn.Module] | None:
     """The class of a row; None if nobody imported its package, so that it has no instances."""
     package, _, name = kind.path.rpartition(".")

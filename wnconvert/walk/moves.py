@@ -22,17 +22,18 @@ def _words(text: str) -> frozenset[str]:
 
 MOVEMENTS = _words(
     """
-    T H mT mH adjoint as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk column_stack concat
-    concatenate contiguous data diagonal dstack dsplit expand expand_as flatten flip fliplr flipud getitem hsplit hstack
-    index_select index masked_select moveaxis movedim narrow narrow_copy permute ravel repeat repeat_interleave reshape
-    reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t take tensor_split tile
-    transpose unbind unflatten unfold unsqueeze view view_as vsplit vstack unsafe_chunk unsafe_split pad
-    constant_pad_nd channel_shuffle pixel_shuffle pixel_unshuffle _unsafe_view _reshape_alias
+    T H mT mH numpy_T matrix_H adjoint as_strided atleast_1d atleast_2d atleast_3d broadcast_to cat chunk
+    column_stack concat concatenate contiguous data diagonal dstack dsplit expand expand_as flatten flip fliplr
+    flipud getitem hsplit hstack index_select index masked_select moveaxis movedim narrow narrow_copy permute ravel
+    repeat repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack
+    swapaxes swapdims t take tensor_split tile transpose unbind unflatten unfold unsqueeze view view_as vsplit
+    vstack unsafe_chunk unsafe_split pad constant_pad_nd channel_shuffle pixel_shuffle pixel_unshuffle _unsafe_view
+    _reshape_alias
     """
 )
 """Functions that only move elements."""
 
-_COPIES = _words(
+COPIES = _words(
     """
     to type type_as float half double bfloat16 cpu cuda clone detach alias _to_copy lift_fresh lift_fresh_copy
     requires_grad_ identity Identity _assert_tensor_metadata positive
@@ -128,7 +129,7 @@ class _Replay:
             return torch.full(value.shape, _UNUSED) if floating else value
         if name in ("contiguous", "clone") and self._copying:
             return call.function(*args, **kwargs)  # a view of the copy may need its layout
-        if call.name in _COPIES or name in (*_COPIES, "contiguous"):
+        if call.name in COPIES or name in (*COPIES, "contiguous"):
             return args[0]
         if name in _SCALINGS:
             return _scaled(call, args)
@@ -160,4 +161,4 @@ def names_of(recipe: Recipe) -> list[str]:
         return []
     found = [name for part in parts((recipe.args, recipe.kwargs)) if isinstance(part, Call) for name in names_of(part)]
     plain = recipe.name.rstrip("_")
-    return found if plain in MOVEMENTS | _FACTS or recipe.name in _COPIES else [*found, recipe.name]
+    return found if plain in MOVEMENTS | _FACTS or recipe.name in COPIES else [*found, recipe.name]

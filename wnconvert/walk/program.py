@@ -62,7 +62,7 @@ def read(module: fx.GraphModule, leaves: Mapping[fx.Node, str], weights: Mapping
     others = {name: dict.fromkeys(functions) for name, functions in found.others.items()}
     known = {**leaves, **{formula.node: formula.name for formula in found.formulas}}
     weights = {**weights, **{formula.name: weights[formula.v] for formula in found.formulas}}
-    written = {name for node, name in known.items() if _is_written(node)}
+    written = {name for node, name in known.items() if is_written(node)}
     for node, graph, handed in _inner_graphs(module, known):
         below = read(graph, handed, weights)
         uses += [dataclasses.replace(use, where=f"{node.name}.{use.where}") for use in below.uses]
@@ -100,7 +100,7 @@ def _graph_of(module: fx.GraphModule) -> Any:
     return graph_of
 
 
-def _is_written(node: fx.Node) -> bool:
+def is_written(node: fx.Node) -> bool:
     """Whether an operator of the graph writes into a tensor, or into a view of it."""
     for user in node.users:
         schema = getattr(user.target, "_schema", None)
@@ -110,6 +110,6 @@ def _is_written(node: fx.Node) -> bool:
         given = [argument for argument, value in named if value is node]
         given += [argument for argument in schema.arguments if user.kwargs.get(argument.name) is node]
         aliases = [argument.alias_info for argument in given if argument.alias_info is not None]
-        if any(alias.is_write for alias in aliases) or (aliases and _is_written(user)):
+        if any(alias.is_write for alias in aliases) or (aliases and is_written(user)):
             return True
     return False

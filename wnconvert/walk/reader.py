@@ -12,7 +12,7 @@ from wnconvert import weightnorm
 from wnconvert.errors import PairError
 from wnconvert.names import find_pairs
 from wnconvert.sites import Axis, Use
-from wnconvert.walk import moves, probe, recipe, units
+from wnconvert.walk import moves, probe, recipe, units, writes
 from wnconvert.walk.operands import Weighted, output_axis, weighted
 from wnconvert.walk.recipe import OPAQUE, Call, Leaf, Recipe, leaves_of
 
@@ -41,11 +41,11 @@ class Reader:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Take all parameters and buffers by name. Their data is not read."""
+        """Take all parameters and buffers by name. Only that of a pair is read, to tell what a formula computes."""
         self.uses: list[Use] = []
         self.others: dict[str, dict[str, None]] = {}
         self._weights = dict(weights)
-        self._drawn: tuple[tuple[str, str] | None, dict[str, Tensor] | None] = (None, None)
+        self._drawn: tuple[tuple[str, str] | None, list[dict[str, Tensor]]] = (None, [])
         self._shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self._names = {pair.v: pair for pair in find_pairs(self._shapes) if pair.problem is None}
 
@@ -70,6 +70,10 @@ class Reader:
         Returns:
             The recipe of its result, `OPAQUE` if an input flows into it; and the pair whose weight norm it finishes.
         """
+        changed = [n for n in writes.written(name, function, args, kwargs) if self._weights[n].is_floating_point()]
+        for root in changed:
+            problem = f"changed in place, by {name}"
+            self.uses.append(Use(root, "Unknown", where, None, None, problem=problem, written=True))
         layer = weighted(name, args, kwargs)
         result = OPAQUE if layer else recipe.call(name, function, args, kwargs)
         if result is OPAQUE:
@@ -154,7 +158,7 @@ class Reader:
             return True
         return moves.moved(value, self._shapes) is not None
 
-    def _draw(self, g: str, v: str) -> dict[str, Tensor] | None:
+    def _draw(self, g: str, v: str) -> list[dict[str, Tensor]]:
         """Numbers for a pair. A formula has many steps, which ask for the same ones again and again."""
         if self._drawn[0] != (g, v):
             self._drawn = (g, v), probe.draw_pair(self._weights, g, v)
@@ -162,7 +166,7 @@ class Reader:
 
     def _weight_norm(self, result: Call) -> Computed | None:
         """The pair whose weight norm this value is."""
-        if len(result.leaves) != 2:
+        if len(result.leaves) != 2 or result.name.rstrip("_") not in _LAST_STEPS | moves.MOVEMENTS | moves.COPIES:
             return None
         for g, v in (result.leaves, result.leaves[::-1]):
             known = self._names.get(v)
@@ -172,10 +176,16 @@ class Reader:
                 weightnorm.pair_axis(self._shapes[g], self._shapes[v])
             except PairError:
                 continue
-            drawn = self._draw(g, v)
-            if drawn is not None and probe.is_weight_norm(result, drawn, g, v):
+            draws = self._draw(g, v)
+            if draws and probe.is_weight_norm(result, draws, self._weights, g=g, v=v):
                 return Computed(known.name if known else v, g, v)
         return None
+
+
+_LAST_STEPS = frozenset(
+    ["mul", "multiply", "div", "divide", "true_divide", "truediv", "imul", "itruediv", "_weight_norm"]
+)
+"""Functions that may be the last of a weight norm. Trying every function would take time."""
 
 
 def _single(kept: tuple[int, ...]) -> Axis:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -40,29 +37,6 @@ def failed(error: BaseException) -> TraceFailed:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = type(error).__name__
     return TraceFailed(f"{name}: {lines[0][:200]}" if lines else name)
-
-
-@contextmanager
-def twin(root: nn.Module) -> Iterator[nn.Module]:
-    """Lend a copy of everything but the parameters.
-
-    Tracing runs the forward pass: what that changes on the way (counters, buffers, caches) must not stay. It does not
-    write to parameters. Afterwards the copy is emptied: tracers leave it in reference cycles, and the parameters of a
-    large network should not wait for the garbage collector.
-    """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in root.parameters()}
-    for module in root.modules():
-        # Buffers are small. torch's legacy weight norm keeps a computed weight, which deepcopy refuses.
-        held = (*module._buffers.values(), *vars(module).values())
-        memo |= {id(value): value.detach().clone() for value in held if isinstance(value, Tensor)}
-    made: nn.Module = copy.deepcopy(root, memo)
-    try:
-        yield made
-    finally:
-        originals = {id(vars(module)) for module in root.modules()}
-        for attributes in [vars(module) for module in made.modules()]:
-            if id(attributes) not in originals:
-                attributes.clear()
 
 
 def weights_of(root: nn.Module) -> dict[str, Tensor]:

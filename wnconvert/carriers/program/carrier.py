@@ -12,11 +12,12 @@ from torch.export import ExportedProgram
 from wnconvert import weightnorm
 from wnconvert.carriers.program import formula
 from wnconvert.carriers.program.draft import Draft
-from wnconvert.carriers.program.weights import Plain, Split, between, find, has_data
+from wnconvert.carriers.program.weights import Plain, Split, find, has_data
 from wnconvert.errors import PairError
 from wnconvert.layers import Spec
 from wnconvert.names import spell
 from wnconvert.sites import SCHEMES, Dim, Scheme, Site, Use, resolve
+from wnconvert.walk.graph_uses import between
 
 
 class ProgramCarrier:
@@ -147,14 +148,14 @@ class ProgramCarrier:
             problem = problem or _NO_DATA
         return Site(
             name=name,
-            kind=split.uses[0].kind if split.uses else "Unknown",
+            kind=next((use.kind for use in split.uses if not use.written), "Unknown"),
             shape=tuple(v.shape),
             dtype=_dtype_name(v),
             axis=axis,
             groups=groups,
             state="split",
             scheme=next((scheme for scheme in SCHEMES if spell(name, scheme) == (pair.g, pair.v)), None),
-            uses=tuple(use.where for use in split.uses),
+            uses=tuple(dict.fromkeys(use.where for use in split.uses)),
             tied=tuple(tied),
             skip=problem,
         )

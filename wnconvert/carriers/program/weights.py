@@ -15,6 +15,7 @@ from wnconvert.carriers.program.draft import Draft
 from wnconvert.names import Pair, find_pairs
 from wnconvert.sites import Use
 from wnconvert.walk import program as walk
+from wnconvert.walk.graph_uses import between
 from wnconvert.walk.program import ProgramUses
 
 
@@ -73,7 +74,8 @@ def find(draft: Draft) -> tuple[list[Split], list[Plain]]:
     plain = []
     for names in groups.values():
         if not halves.intersection(names):
-            uses = tuple(use for use in found.uses if use.root in names)
+            # A change in place is told by `written`.
+            uses = tuple(use for use in found.uses if use.root in names and not use.written)
             others = dict.fromkeys(other for name in names for other in found.others.get(name, ()))
             written = not found.written.isdisjoint(names)
             plain.append(Plain(tuple(names), uses, tuple(others), shared.get(names[0]), written))
@@ -101,6 +103,7 @@ def _split(draft: Draft, found: ProgramUses, weights: Mapping[str, Tensor]) -> l
             problem = _problem(inputs, nodes, not found.written.isdisjoint(keys))
         names = {pair.name for pair in pairs} | {f.name for f in formulas if f.v in keys}
         uses = tuple(use for use in found.uses if use.root in names)
+        problem = problem or _change(found, uses, names, nodes)
         made.append(Split(tuple(pairs), tuple(dict.fromkeys(nodes)), uses, problem))
     return made
 
@@ -112,15 +115,11 @@ def _problem(inputs: Iterable[fx.Node], nodes: list[fx.Node], written: bool) -> 
     return None if other is None else "the program uses its magnitude or direction by itself"
 
 
-def between(inputs: Iterable[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
-    """Every node that a value flows to from the inputs, not past the ends and without them."""
-    ends, ahead, found = set(ends), list(inputs), dict[fx.Node, None]()
-    while ahead:
-        for user in ahead.pop().users:
-            if user not in found and user not in ends:
-                found[user] = None
-                ahead.append(user)
-    return list(found)
+def _change(found: ProgramUses, uses: Iterable[Use], names: set[str], nodes: list[fx.Node]) -> str | None:
+    """How a program changes a weight that it has computed, which would change the parameter in its place."""
+    told = next((use.problem for use in uses if use.written), None)
+    changed = not found.written.isdisjoint(names) or any(map(walk.is_written, nodes))
+    return told or ("changed in place" if changed else None)
 
 
 def _acts(node: fx.Node) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
 
 from wnconvert import names, weightnorm
 from wnconvert.carriers.torchscript.archive import Archive, StoredTensor
-from wnconvert.carriers.torchscript.folding import Fold, Folder, Obstacle, plan
+from wnconvert.carriers.torchscript.folding import Fold, Folder, Obstacle, Records, plan
+from wnconvert.carriers.torchscript.frames import join
 from wnconvert.carriers.torchscript.walk import Found, Weight, kind_of, walk
 from wnconvert.errors import InputError, PairError, UsageError
 from wnconvert.sites import SCHEMES, Dim, Scheme, Site, Use, resolve
@@ -23,6 +24,9 @@ _ROLES = {
     "attribute": "an attribute, which no state dict holds",
     "constant": "a constant of the code, which no state dict holds",
 }
+
+
+NO_MOBILE_FOLD = "holds bytecode for the lite interpreter, which cannot be folded"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +68,11 @@ class TorchScriptCarrier:
         return bool(self._split)
 
     @property
+    def is_mobile(self) -> bool:
+        """Whether it also holds bytecode for the lite interpreter, which finds attributes by their positions."""
+        return "bytecode.pkl" in self.archive.records()
+
+    @property
     def is_folded(self) -> bool:
         """Whether weights were folded."""
         return bool(self._folds)
@@ -100,7 +109,17 @@ class TorchScriptCarrier:
             self._split[name] = dict(zip(names.spell(name, scheme), (g, v), strict=True))
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
-        """See `Carrier.put_weight`. The weight is computed when the archive is written."""
+        """See `Carrier.put_weight`. The weight is computed when the archive is written.
+
+        Raises:
+            InputError: the weight norm cannot be taken out of the code.
+            UsageError: there is bytecode, which would go on reading the attributes that are gone.
+        """
+        if self.is_mobile:
+            raise UsageError(
+                f"{self.archive.name}: {NO_MOBILE_FOLD}: fold what torch.jit.save writes of the module, then call "
+                "_save_for_lite_interpreter on the result"
+            )
         pair = self._pairs[site.name]
         try:
             self._folds[site.name] = plan(self._found, pair), functools.cache(weight)
@@ -138,12 +157,12 @@ class TorchScriptCarrier:
                 state[name] = shared.setdefault(first, self._load(first))
         return state
 
-    def fixed(self) -> dict[str, Callable[[], Tensor]]:
-        """Tensors that no state dict holds: constants of the code and plain attributes."""
+    def fixed(self, role: Literal["attribute", "constant"]) -> dict[str, Callable[[], Tensor]]:
+        """Tensors that no state dict holds: plain attributes, or constants of the code."""
         return {
             name: functools.partial(self._load, name)
             for name, weight in self._found.weights.items()
-            if weight.role in ("constant", "attribute")
+            if weight.role == role
         }
 
     def write(self, file: IO[bytes]) -> None:
@@ -155,14 +174,49 @@ class TorchScriptCarrier:
         if not self._folds:
             self.archive.write(file, {}, {})
             return
-        records = Folder(self.archive, self._found, self._folds).records()
-        edited = walk(_Edited(self.archive.name, records.root, self.archive.constants, records.code), self._numbers)
-        missing = edited.interpreter.missing - self._found.interpreter.missing
+        records, missing = self._trial(self._folds)
         if missing:
             raise InputError(
                 f"{self.archive.name}: cannot be folded: its code also reads {min(missing)} apart from the weight norm"
             )
         self.archive.write(file, records.changed, records.added)
+
+    def _trial(self, folds: Mapping[str, tuple[Fold, Callable[[], Tensor]]]) -> tuple[Records, set[str]]:
+        """What to write, and the attributes that its code would ask for in vain."""
+        records = Folder(self.archive, self._found, folds).records()
+        edited = walk(_Edited(self.archive.name, records.root, self.archive.constants, records.code), self._numbers)
+        return records, edited.interpreter.missing - self._found.interpreter.missing
+
+    @functools.cached_property
+    def _obstacles(self) -> dict[str, str]:
+        """Why weights cannot be folded, by name."""
+        found: dict[str, str] = {}
+        folds: dict[str, tuple[Fold, Callable[[], Tensor]]] = {}
+        for name, pair in self._pairs.items():
+            problem = next((use.problem for use in self._found.uses.get(name, []) if use.written), None)
+            try:
+                if name not in self._found.norms:
+                    problem = "no code computes its weight norm"
+                elif problem is None:
+                    folds[name] = plan(self._found, pair), functools.partial(self._multiplied, pair)
+            except Obstacle as error:
+                problem = str(error)
+            if problem is not None:
+                found[name] = problem
+        # A value that goes nowhere the interpreter looks, such as an output, shows only by what is missing afterwards.
+        while folds and (missing := self._trial(folds)[1]):
+            read = {name: half for name, (fold, _) in folds.items() if (half := self._half_among(fold, missing))}
+            if not read:
+                break
+            for name, half in read.items():
+                found[name] = f"the code also reads {half} apart from the weight norm"
+                del folds[name]
+        return found
+
+    def _half_among(self, fold: Fold, missing: set[str]) -> str | None:
+        """The name of a half that cannot be found, itself or what holds it, or None."""
+        halves = [join(self._found.modules.paths[module], leaf) for module, leaf in fold.pairs]
+        return next((half for half in halves for gone in missing if f"{half}.".startswith(f"{gone}.")), None)
 
     def _state_names(self) -> list[str]:
         return [name for name, weight in self._found.weights.items() if weight.role in ("parameter", "buffer")]
@@ -179,10 +233,10 @@ class TorchScriptCarrier:
 
     def _plain_site(self, name: str, weight: Weight, dim: Dim) -> Site | None:
         stored, uses = weight.stored, self._uses(name, weight)
-        if not uses:
+        if all(use.written for use in uses):  # a counter is no weight
             if weight.role != "parameter" or len(stored.shape) < 2 or not stored.dtype.is_floating_point:
                 return None
-            uses = [Use(name, "Unknown", name.rpartition(".")[0], 0, 0)]
+            uses = [Use(name, "Unknown", name.rpartition(".")[0], 0, 0), *uses]
         tied = self._found.aliases(name)[1:]
         site = resolve(uses, stored.shape, _dtype(weight), dim=dim, tied=tied)
         if stored.dtype not in weightnorm.DTYPES:
@@ -196,27 +250,23 @@ class TorchScriptCarrier:
     def _split_site(self, pair: Computed) -> Site:
         v = self._found.weights[pair.v]
         uses = self._uses(pair.name, v) or [Use(pair.name, "Unknown", pair.name.rpartition(".")[0], 0, 0)]
-        problem, groups, axis = None, 1, None
+        problem, groups, axis = self._obstacles.get(pair.name), 1, None
         try:
             groups, axis = weightnorm.pair_axis(self._found.weights[pair.g].stored.shape, v.stored.shape, pair.name)
-            if pair.name in self._found.norms:
-                plan(self._found, pair)
-            else:
-                problem = "no code computes its weight norm"
-        except (Obstacle, PairError) as error:
+        except PairError as error:
             problem = str(error)
         spelled = names.plain_name(pair.v)
         tied = [other.name for other in self._pairs.values() if other is not pair and self._same(other, pair)]
         return Site(
             name=pair.name,
-            kind=uses[0].kind,
+            kind=next((use for use in uses if not use.written), uses[0]).kind,
             shape=v.stored.shape,
             dtype=_dtype(v),
             axis=axis,
             groups=groups,
             state="split",
             scheme=spelled[1] if spelled and pair.name != pair.v else None,
-            uses=tuple(use.where for use in uses),
+            uses=tuple(dict.fromkeys(use.where for use in uses)),
             tied=tuple(tied),
             skip=problem,
         )

@@ -7,7 +7,8 @@ flows into is opaque. Both branches of a condition that depends on the input are
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,17 +17,16 @@ from wnconvert.carriers.torchscript import operators
 from wnconvert.carriers.torchscript.archive import StoredTensor
 from wnconvert.carriers.torchscript.code import NO_LITERAL, Unit, dotted, literal
 from wnconvert.carriers.torchscript.frames import UNSET, Frame, Modules, Place, Span
+from wnconvert.carriers.torchscript.language import BUILTINS, ERRORS
 from wnconvert.carriers.torchscript.pickled import Call as PickledCall
 from wnconvert.carriers.torchscript.pickled import Instance
+from wnconvert.sites import Use
 from wnconvert.walk import recipe
 from wnconvert.walk.reader import Computed, Reader
 from wnconvert.walk.recipe import OPAQUE, Call, Leaf
 
 _DEEPEST = 100
 _LONGEST_LOOP = 64
-
-# What computing with plain values of damaged or unusual code may raise.
-_ERRORS = (*recipe.EVALUATION_ERRORS, RecursionError)
 
 
 class Interpreter:
@@ -67,6 +67,8 @@ class Interpreter:
         self._values_at: dict[Place, set[str | None]] = {}
         self._visited: set[tuple[Instance, str]] = set()
         self._frames: list[Frame] = []
+        self._untraced: dict[str, None] = {}  # weights that a value of which nothing is known may be
+        self._written: tuple[str, str] | None = None  # where such a value is changed in place, and by what
 
     def run(self) -> None:
         """Follow every method: first what the whole network does, then what nobody has called by then."""
@@ -76,6 +78,13 @@ class Interpreter:
                 for name in unit.methods if unit else ():
                     if (name == "forward" or not only_forward) and (module, name) not in self._visited:
                         self._call_method(module, name, (), {})
+        if self._written is not None:
+            where, by = self._written
+            problem = f"may be changed in place, by {by}"
+            changed = self._untraced.keys() & self.norms.keys()
+            self.reader.uses += [
+                Use(name, "Unknown", where, None, None, problem=problem, written=True) for name in sorted(changed)
+            ]
 
     def only_value_at(self, place: Place) -> str | None:
         """The weight that an expression always has for its value, or None if it has other values too."""
@@ -164,9 +173,11 @@ class Interpreter:
         if isinstance(target, ast.Name):
             frame.values[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
-            items = value if isinstance(value, (tuple, list)) and len(value) == len(target.elts) else None
+            fits = not isinstance(value, (tuple, list)) or len(value) == len(target.elts)
             for i, part in enumerate(target.elts):
-                self._assign(frame, part, OPAQUE if items is None else items[i])
+                self._assign(frame, part, self._item(value, i) if fits else self._lost(value))
+        else:
+            self._lost(value)
 
     def _if(self, frame: Frame, statement: ast.If) -> None:
         condition = self._value(frame, statement.test)
@@ -203,8 +214,15 @@ class Interpreter:
         plain = (bool, int, float, str, type(None))
         if a is b or (isinstance(a, plain) and type(a) is type(b) and a == b):
             return a
+        if isinstance(a, Leaf) and isinstance(b, Leaf) and a.name == b.name:
+            return a  # a weight norm that both branches compute
         for leaf in _leaves((a, b)):
             self.reader.others.setdefault(leaf, {})["a condition"] = None
+        return self._lost((a, b))
+
+    def _lost(self, values: Any) -> Any:
+        """What weights are in goes on as a value of which nothing is known."""
+        self._untraced |= dict.fromkeys(_leaves(values))
         return OPAQUE
 
     # Expressions
@@ -220,16 +238,25 @@ class Interpreter:
             return tuple(self._value(frame, item) for item in node.elts)
         if isinstance(node, ast.List):
             return [self._value(frame, item) for item in node.elts]
+        if isinstance(node, ast.Dict):
+            return self._lost([self._value(frame, item) for item in (*node.keys, *node.values) if item])
         if isinstance(node, ast.UnaryOp):
             value = literal(node)
             return OPAQUE if value is NO_LITERAL else value
         if isinstance(node, ast.Subscript):
-            return _item(self._value(frame, node.value), self._value(frame, node.slice))
+            return self._item(self._value(frame, node.value), self._value(frame, node.slice))
         if isinstance(node, ast.Call):
             value = self._call(frame, node)
             self._note(frame, node, value)
             return value
         return OPAQUE
+
+    def _item(self, value: Any, index: Any) -> Any:
+        if isinstance(index, int) and isinstance(value, (list, tuple)) and -len(value) <= index < len(value):
+            return value[index]
+        if isinstance(index, int) and isinstance(value, Call):  # what an operator with several results gives
+            return recipe.call("getitem", operator.getitem, (value, index), {})
+        return self._lost(value)
 
     def _note(self, frame: Frame, node: ast.Call, value: Any) -> None:
         if frame.module is None:
@@ -288,8 +315,8 @@ class Interpreter:
             return self._shapes.metadata(leaf, args) if leaf in operators.METADATA else self._primitive(leaf, args)
         if space.startswith("ops."):
             return self._unknown(leaf, args, kwargs)
-        if name in _BUILTINS and name not in frame.values:
-            return _BUILTINS[name](self, args)
+        if name in BUILTINS and name not in frame.values:
+            return BUILTINS[name](self, args)
         if isinstance(node.func, ast.Attribute):
             owner = self._value(frame, node.func.value)
             if isinstance(owner, Instance):
@@ -302,7 +329,7 @@ class Interpreter:
     def _primitive(self, name: str, args: tuple[Any, ...]) -> Any:
         if name == "type" and args and not isinstance(args[0], (Leaf, Call)) and args[0] is not OPAQUE:
             return str(getattr(args[0], "type", ""))
-        return OPAQUE
+        return args[0] if name == "data" and args else self._lost(args)
 
     def _operator(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if name in operators.PLAIN and args and isinstance(args[0], list):
@@ -311,7 +338,14 @@ class Interpreter:
         if name in operators.METADATA and made_of:
             return self._shapes.metadata(name, args)
         if not made_of:
+            if operators.in_place(name):
+                self._written = self._where(), name
             return self._plain(name, args, kwargs)
+        if name in operators.CHANGING_LISTS and isinstance(args[0], list):
+            # Which item is what from here on depends on more than is known.
+            self._lost(args)
+            args[0][:] = [OPAQUE] * len(args[0])
+            return OPAQUE
         if name in ("__is__", "__isnot__"):
             return name == "__isnot__" if None in args else OPAQUE
         function = operators.aten(name)
@@ -334,7 +368,7 @@ class Interpreter:
             return OPAQUE
         try:
             return operators.PLAIN[name](*args)
-        except _ERRORS:
+        except ERRORS:
             return OPAQUE
 
     def _unknown(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -350,47 +384,3 @@ def _leaves(values: Any) -> frozenset[str]:
     """Names of the weights that values are made of."""
     made_of = (part for part in recipe.parts(values) if isinstance(part, (Leaf, Call)))
     return frozenset(name for part in made_of for name in recipe.leaves_of(part))
-
-
-def _item(value: Any, index: Any) -> Any:
-    try:
-        return value[index] if isinstance(value, (list, tuple)) and isinstance(index, int) else OPAQUE
-    except IndexError:
-        return OPAQUE
-
-
-def _number(kind: Callable[[Any], Any]) -> Callable[[Interpreter, tuple[Any, ...]], Any]:
-    def convert(_: Interpreter, args: tuple[Any, ...]) -> Any:
-        if len(args) != 1 or not isinstance(args[0], (bool, int, float, str)):
-            return OPAQUE
-        try:
-            return kind(args[0])
-        except _ERRORS:
-            return OPAQUE
-
-    return convert
-
-
-def _range(_: Interpreter, args: tuple[Any, ...]) -> Any:
-    return range(*args) if all(isinstance(argument, int) for argument in args) and 0 not in args[2:] else OPAQUE
-
-
-def _getattr(interpreter: Interpreter, args: tuple[Any, ...]) -> Any:
-    owner, name = args[:2] if len(args) > 1 else (None, None)
-    found = isinstance(owner, Instance) and isinstance(name, str)
-    return interpreter.attribute(owner, name) if found else OPAQUE
-
-
-_BUILTINS: Mapping[str, Callable[[Interpreter, tuple[Any, ...]], Any]] = {
-    "annotate": lambda _, args: args[-1] if args else OPAQUE,
-    "unchecked_cast": lambda _, args: args[-1] if args else OPAQUE,
-    "uninitialized": lambda *_: UNSET,
-    "getattr": _getattr,
-    "range": _range,
-    "int": _number(int),
-    "float": _number(float),
-    "bool": _number(bool),
-    "isinstance": lambda *_: OPAQUE,
-    "print": lambda *_: None,
-}
-"""Functions of the TorchScript language itself."""

@@ -43,14 +43,21 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
 _FORBIDDEN = frozenset({"save", "load", "from_file", "set_data", "backward", "manual_seed", "set_grad_enabled", "warn"})
 """Operators that do something besides computing a value."""
 
+CHANGING_LISTS = frozenset({"_set_item", "insert", "extend", "pop", "clear", "Delete", "remove", "reverse", "sort"})
+"""Operators on lists that change which item is where."""
+
 METADATA = frozenset({"dim", "size", "numel", "len", "is_floating_point", "stride", "dtype", "layout", "device"})
 """Operators whose result depends on the shape and type of a tensor alone."""
 
 
 def may_run(name: str) -> bool:
     """Whether an operator only computes a value. In-place ones do not: they end in an underscore."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    return not in_place and name not in _FORBIDDEN
+    return not in_place(name) and name not in _FORBIDDEN
+
+
+def in_place(name: str) -> bool:
+    """Whether an operator changes its first argument."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def aten(name: str) -> Callable[..., Any] | None:

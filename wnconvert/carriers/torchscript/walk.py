@@ -179,12 +179,16 @@ def kind_of(qualified: str) -> ModuleKind | None:
 
 
 def _merged(uses: list[Use]) -> list[Use]:
-    """One use per place; where code and class tell of one place, the axes of the code and the kind of the class."""
-    found: dict[str, Use] = {}
+    """One use per place; where code and class tell of one place, the axes of the code and the kind of the class.
+
+    A change in place says nothing of either, and counts by itself.
+    """
+    found: dict[tuple[str, bool], Use] = {}
     for use in uses:
-        known = found.get(use.where)
+        key = use.where, use.written
+        known = found.get(key)
         if known is None:
-            found[use.where] = use
+            found[key] = use
         elif known.kind[:1].islower() and use.kind[:1].isupper():
-            found[use.where] = dataclasses.replace(known, kind=use.kind)
+            found[key] = dataclasses.replace(known, kind=use.kind)
     return list(found.values())
