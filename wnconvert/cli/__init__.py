@@ -26,8 +26,8 @@ def group() -> None:
     """Split and fold weight normalization in trained networks, bit for bit.
 
     MODEL is a torch checkpoint (.pt .pth .bin .ckpt .tar), an exported program (.pt2), TorchScript (.jit
-    .torchscript), .safetensors (also sharded) or .onnx. The input is never changed; every result is read back and
-    checked before it appears under its name.
+    .torchscript), .safetensors, .onnx, or a folder of shards or of torch.distributed.checkpoint. The input is never
+    changed; every result is read back and checked before it appears under its name.
 
     \b
     Exit codes:

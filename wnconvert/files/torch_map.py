@@ -113,6 +113,9 @@ def _load_zip(file: IO[bytes], mapped: FileMap, origin: int) -> tuple[object, di
         records = {info.filename: info for info in archive.infolist()}
         if sniff.foreign_archive(records) is not None:
             raise NotMappable("an archive of another program")
+        if min(info.header_offset for info in records.values()):
+            # The table of contents is that of an archive inside this one, whose own was cut off.
+            raise NotMappable("damaged")
         pickled = next(name for name in records if name.endswith("data.pkl"))
         prefix = pickled.removesuffix("data.pkl")
         order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in records else b"little"

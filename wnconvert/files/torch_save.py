@@ -57,7 +57,8 @@ def save(job: Job, watcher: Watcher) -> None:
     """
     problems = True
     while problems:
-        filling = _skeletons(job)
+        # What a module holds is in memory, and dicts beside it may hold the very same tensors.
+        filling = None if job.tree.modules else _skeletons(job)
         if filling is None:
             _save_in_memory(job)
             return
