@@ -19,17 +19,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wnconvert import eager, powers, rows, sums
+from wnconvert import checks, eager, powers, rows, sums
+from wnconvert.checks import DTYPES
 from wnconvert.directions import Direction, signed
-from wnconvert.errors import NotSplittable, PairError, UsageError
+from wnconvert.errors import NotSplittable, UsageError
 from wnconvert.sites import Axis, RowCounts, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
 BLOCK = 1 << 19
 """Elements worked on at a time: 4 MB in float64, which stays in the cache and outweighs the calls into torch."""
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def split(
@@ -42,6 +41,7 @@ def split(
     block: int = BLOCK,
     first: int = 0,
     overwrite: bool = False,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split a weight into magnitude and direction so that `fold` gives it back bit for bit.
 
@@ -55,6 +55,7 @@ def split(
         block: elements worked on at a time.
         first: number of its first row, where `w` holds some rows of a larger weight: rows do not depend on one another.
         overwrite: change single rows of `w` itself instead of a copy.
+        scratch: float64 memory to work in; taken anew if None, or where it does not suffice.
 
     Returns:
         `g`, with 1 on every reduced axis (0-d for axis None), and `v`, of w's shape. `v` shares the memory
@@ -71,7 +72,7 @@ def split(
         raise UsageError(f"{groups} groups do not divide a weight of shape {list(w.shape)}")
     w = w.detach()
     view, kept, g_shape = rows.by_rows(w, axis, groups)
-    norms = _norms(view, kept, block)
+    norms = _norms(view, kept, block, scratch)
     g, changed = slab_magnitudes(norms, g_dtype or w.dtype, w.dtype, first)
     v = w
     if changed and view.numel():
@@ -88,7 +89,14 @@ def split(
 
 
 def fold(
-    g: Tensor, v: Tensor, *, name: str = "weight", block: int = BLOCK, first: int = 0, overwrite: bool = False
+    g: Tensor,
+    v: Tensor,
+    *,
+    name: str = "weight",
+    block: int = BLOCK,
+    first: int = 0,
+    overwrite: bool = False,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Multiply magnitude and direction back into one weight, each element rounded once.
 
@@ -102,6 +110,7 @@ def fold(
         block: elements worked on at a time.
         first: number of its first row, where the pair holds some rows of a larger one.
         overwrite: put the result into `v` itself.
+        scratch: see `split`.
 
     Returns:
         A tensor of v's shape, dtype and memory format, new unless it is `v`.
@@ -110,16 +119,16 @@ def fold(
         PairError: the shapes or dtypes are not a pair, a value is NaN or infinite, or a row of `v` is zero where `g`
             is not.
     """
-    groups, axis = _open_pair(g, v, name, first)
+    groups, axis = checks.open_pair(g, v, name, first)
     g, v = g.detach().reshape(-1), v.detach()
     w = v if overwrite else torch.empty_like(v, memory_format=torch.preserve_format)
     view, kept, _ = rows.by_rows(v, axis, groups)
     out = rows.by_rows(w, axis, groups)[0]
-    scratch, done = _scratch(v, block), 0
+    scratch, done = _scratch(v, block, scratch), 0
     for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
         norm = _norm(part, kept, scratch)
         magnitude = g[done : done + norm.numel()]
-        _require_directions(norm, magnitude, name, first + done)
+        checks.require_directions(norm, magnitude, name, first + done)
         _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
         done += norm.numel()
     return w
@@ -127,31 +136,9 @@ def fold(
 
 def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     """Raise the `PairError` that `fold` would raise, without making the weight."""
-    groups, axis = _open_pair(g, v, name)
+    groups, axis = checks.open_pair(g, v, name)
     view, kept, _ = rows.by_rows(v.detach(), axis, groups)
-    _require_directions(_norms(view, kept, BLOCK), g.detach().reshape(-1), name)
-
-
-def _open_pair(g: Tensor, v: Tensor, name: str, first: int = 0) -> tuple[int, Axis]:
-    groups, axis = pair_axis(g.shape, v.shape, name)
-    if v.dtype not in DTYPES or g.dtype not in DTYPES:
-        raise PairError(
-            f"{name}: g is {g.dtype} and v is {v.dtype}; both must be float64, float32, float16 or bfloat16"
-        )
-    if v.is_meta or v.layout != torch.strided:
-        raise PairError(f"{name}: v {'has no data (meta device)' if v.is_meta else f'is {v.layout}, not strided'}")
-    _require_magnitudes(g.detach().reshape(-1), v.dtype, name, first)
-    return groups, axis
-
-
-def _require_magnitudes(g: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> None:
-    _require(g.isfinite(), PairError, f"{name}: row {{}} of g is NaN or infinite", first)
-    _require(g.to(dtype).isfinite(), PairError, f"{name}: row {{}} of g overflows the {dtype} of v", first)
-
-
-def _require_directions(norm: Tensor, g: Tensor, name: str, first: int = 0) -> None:
-    _require(norm.isfinite(), PairError, f"{name}: row {{}} of v holds NaN or infinity", first)
-    _require((norm != 0) | (g == 0), PairError, f"{name}: row {{}} of v is zero but its g is not", first)
+    checks.require_directions(_norms(view, kept, BLOCK), g.detach().reshape(-1), name)
 
 
 def _out_of_range(norms: Tensor, dtype: torch.dtype) -> list[int]:
@@ -203,9 +190,9 @@ def slab_magnitudes(norms: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, fir
     Raises:
         NotSplittable: see `split`.
     """
-    _require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
+    checks.require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
     g = norms.to(g_dtype)
-    _require(
+    checks.require(
         g.isfinite(), NotSplittable, f"the norm of row {{}} overflows {str(g.dtype).removeprefix('torch.')}", first
     )
     return g, _out_of_range(norms, dtype)
@@ -213,8 +200,8 @@ def slab_magnitudes(norms: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, fir
 
 def require_slab(g: Tensor, norms: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:
     """Raise the `PairError` that `fold` would raise for rows with these norms."""
-    _require_magnitudes(g, dtype, name, first)
-    _require_directions(norms, g, name, first)
+    checks.require_magnitudes(g, dtype, name, first)
+    checks.require_directions(norms, g, name, first)
 
 
 def fold_slab(g: Tensor, v: Tensor, norms: Tensor) -> None:
@@ -317,15 +304,16 @@ def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tens
     return _norms(view, count, BLOCK).reshape(norm.shape)
 
 
-def _scratch(w: Tensor, block: int) -> Tensor:
+def _scratch(w: Tensor, block: int, given: Tensor | None = None) -> Tensor:
     """One float64 buffer for all the work: fresh memory for every block would scatter over the heap and add up."""
-    return torch.empty(max(min(block, w.numel()), rows.SEGMENT), dtype=torch.float64, device=w.device)
+    size = max(min(block, w.numel()), rows.SEGMENT)
+    return torch.empty(size, dtype=torch.float64, device=w.device) if given is None or given.numel() < size else given
 
 
-def _norms(view: Tensor, kept: int, block: int) -> Tensor:
+def _norms(view: Tensor, kept: int, block: int, scratch: Tensor | None = None) -> Tensor:
     """The float64 norms of all rows, in order, as one axis."""
     norms = torch.empty(math.prod(view.shape[:kept]), dtype=torch.float64, device=view.device)
-    scratch, first = _scratch(view, block), 0
+    scratch, first = _scratch(view, block, scratch), 0
     for part in rows.parts(view, kept, block):
         norm = _norm(part, kept, scratch)
         norms[first : first + norm.numel()] = norm
@@ -391,9 +379,3 @@ def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tupl
     multiply = torch.where(power != 0, first, g.double())
     divide = torch.where(power != 0, 1 / second, norm)
     return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)
-
-
-def _require(good: Tensor, error: type[Exception], message: str, first: int = 0) -> None:
-    if not bool(good.all()):
-        row = first + int((~good.flatten()).nonzero()[0])
-        raise error(message.format(row))

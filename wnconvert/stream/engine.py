@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ import torch
 from wnconvert import crc
 from wnconvert.files.raw import Raw
 from wnconvert.sites import RowCounts
-from wnconvert.stream import work
+from wnconvert.stream import batches, work
+from wnconvert.stream.batches import Job
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Checksum, Task
 from wnconvert.stream.work import Result
@@ -43,7 +44,7 @@ def run(
         What the pieces of a task came to, in their order, by the number of the task, where there is anything to say.
 
     Raises:
-        PairError: a pair cannot be multiplied; of several, the first.
+        PairError: a pair cannot be multiplied; of several, one of the first.
         InputError: an input cannot be read.
         OSError: an output cannot be written.
     """
@@ -72,7 +73,7 @@ def run(
 
 def size(tasks: Sequence[Task]) -> int:
     """Bytes that `run` goes through, for a progress bar."""
-    return sum(count for task in tasks for count, _ in work.units(task))
+    return sum(map(batches.size, tasks))
 
 
 def outcome_of(parts: Sequence[Result]) -> RowCounts | str:
@@ -102,25 +103,25 @@ class _State:
         self.stop = False
         self.done = 0
         self._lock = threading.Lock()
-        self._units = self._each_unit(tasks)
+        self._jobs = batches.jobs(tasks)
         self._results: dict[int, list[tuple[int, Result]]] = {}
         self._errors: list[tuple[int, int, BaseException]] = []
 
-    def take(self) -> tuple[int, int, work.Unit] | None:
-        """The next unit with the number of its task, its own in there, or None if there is none."""
+    def take(self) -> Job | None:
         with self._lock:
-            return None if self.stop else next(self._units, None)
+            return None if self.stop else next(self._jobs, None)
 
-    def finish(self, task: int, number: int, size: int, result: Result) -> None:
+    def finish(self, job: Job, results: Sequence[Result]) -> None:
         with self._lock:
-            self.done += size
-            if result is not None:
-                self._results.setdefault(task, []).append((number, result))
+            self.done += job.size
+            for (task, number), result in zip(job.parts, results, strict=True):
+                if result is not None:
+                    self._results.setdefault(task, []).append((number, result))
 
-    def fail(self, task: int, number: int, error: BaseException) -> None:
+    def fail(self, part: tuple[int, int], error: BaseException) -> None:
         with self._lock:
             self.stop = True
-            self._errors.append((task, number, error))
+            self._errors.append((*part, error))
 
     def outcome(self) -> dict[int, list[Result]]:
         if self._errors:
@@ -130,25 +131,17 @@ class _State:
             for task, found in self._results.items()
         }
 
-    @staticmethod
-    def _each_unit(tasks: Sequence[Task]) -> Iterator[tuple[int, int, work.Unit]]:
-        for i, task in enumerate(tasks):
-            for number, unit in enumerate(work.units(task)):
-                yield i, number, unit
-
 
 def _work(state: _State, files: Files) -> None:
     torch.set_num_threads(1)
     space = Workspace(files)
+    job: Job | None = None
     with torch.inference_mode():
-        while (taken := state.take()) is not None:
-            task, number, (count, unit) = taken
-            try:
-                result = unit(space)
-            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-                state.fail(task, number, error)
-                return
-            state.finish(task, number, count, result)
+        try:
+            while (job := state.take()) is not None:
+                state.finish(job, job.run(space))
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            state.fail(job.parts[0] if job else (0, 0), error)
 
 
 def _workers() -> int:

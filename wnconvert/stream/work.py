@@ -57,7 +57,7 @@ def units(task: Task) -> Iterator[Unit]:
         for piece in pieces.cut(stored.shape, task.axis, task.groups, _itemsize(stored)):
             yield piece.size * _itemsize(stored), functools.partial(_split, task, piece)
     elif isinstance(task, Fold):
-        for piece in _pieces_of(task.pair):
+        for piece in pieces_of(task.pair):
             yield piece.size * _itemsize(task.pair.v), functools.partial(_fold, task, piece)
     elif isinstance(task, Checksum):
         for source in _blocks(task.source):
@@ -89,7 +89,8 @@ def _copy(source: Raw, to: Place, space: Workspace) -> None:
     space.copy(source, to)
 
 
-def _pieces_of(pair: Pair) -> Iterator[Run | Slab]:
+def pieces_of(pair: Pair) -> Iterator[Run | Slab]:
+    """Cut a pair. Raises `PairError` for shapes that are no pair."""
     groups, axis = pair_axis(pair.g.shape, pair.v.shape, pair.name)
     return pieces.cut(pair.v.shape, axis, groups, _itemsize(pair.v))
 
@@ -97,7 +98,7 @@ def _pieces_of(pair: Pair) -> Iterator[Run | Slab]:
 def _pieces_of_either(a: Stored | Pair, b: Stored | Pair) -> Iterator[Run | Slab]:
     for side in (a, b):
         if isinstance(side, Pair):
-            yield from _pieces_of(side)
+            yield from pieces_of(side)
             return
 
 
@@ -111,7 +112,7 @@ def _fold(task: Fold, piece: Run | Slab, space: Workspace) -> None:
 def _folded(pair: Pair, run: Run, space: Workspace, role: str) -> Tensor:
     g = space.read("g", pair.g, run.row, g_shape(run.shape, run.axis))
     v = space.read(role, pair.v, run.start, run.shape)
-    return weightnorm.fold(g, v, name=pair.name, first=run.row, overwrite=True)
+    return weightnorm.fold(g, v, name=pair.name, first=run.row, overwrite=True, scratch=space.scratch)
 
 
 def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
@@ -122,7 +123,13 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
         else:
             w = space.read("v", task.weight, piece.start, piece.shape)
             g, v = weightnorm.split(
-                w, piece.axis, name=task.name, g_dtype=torch_dtype(task.g_dtype), first=piece.row, overwrite=True
+                w,
+                piece.axis,
+                name=task.name,
+                g_dtype=torch_dtype(task.g_dtype),
+                first=piece.row,
+                overwrite=True,
+                scratch=space.scratch,
             )
             space.write(task.g, piece.row, g)
             space.write(task.v, piece.start, v)

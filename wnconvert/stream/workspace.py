@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from wnconvert import weightnorm
 from wnconvert.files.raw import Raw
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Place, Stored
@@ -16,10 +17,17 @@ COPY = 8 << 20
 
 
 class Workspace:
-    """Reads pieces of stored tensors into buffers of its own, and writes them out again. For one thread."""
+    """Reads pieces of stored tensors into buffers of its own, and writes them out again. For one thread.
+
+    Attributes:
+        files: what it reads and writes.
+        scratch: for `weightnorm`.
+    """
 
     def __init__(self, files: Files) -> None:
         self.files = files
+        # Memory that was given back and taken again for every piece would be cleared by the kernel each time.
+        self.scratch = torch.empty(weightnorm.BLOCK, dtype=torch.float64)
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, role: str, size: int) -> Tensor:

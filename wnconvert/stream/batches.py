@@ -1,0 +1,207 @@
+"""Small tensors of one kind worked on as one, because a call into torch takes longer than their arithmetic.
+
+Rows do not depend on one another, so tensors of one shape are the rows of a larger one. Whatever is out of the ordinary
+(a pair that cannot be multiplied, a row of zeros, a difference) is left to the work on single tensors, which says what
+it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from wnconvert import weightnorm
+from wnconvert.errors import NotSplittable, PairError
+from wnconvert.files.raw import Raw
+from wnconvert.sites import Axis, RowCounts, kept_axes
+from wnconvert.stream import pieces, work
+from wnconvert.stream.pieces import RUN, Run
+from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Put, Split, Stored, Task
+from wnconvert.stream.work import Result, SplitPart
+from wnconvert.stream.workspace import Workspace, memory_of, torch_dtype
+
+SMALL = 1 << 14
+"""Elements up to which a tensor is small."""
+
+TOGETHER = 512
+"""Small tensors worked on as one."""
+
+
+class Job(NamedTuple):
+    """What a worker takes at a time.
+
+    Attributes:
+        parts: the tasks that it belongs to, each with the number of the piece.
+        size: bytes that it goes through.
+        run: does it, and returns what each part came to.
+    """
+
+    parts: Sequence[tuple[int, int]]
+    size: int
+    run: Callable[[Workspace], Sequence[Result]]
+
+
+def jobs(tasks: Sequence[Task]) -> Iterator[Job]:
+    """Cut tasks into jobs that do not depend on one another, about in their order."""
+    waiting: dict[Hashable, list[int]] = {}
+    for i, task in enumerate(tasks):
+        kind = _kind(task)
+        if kind is None:
+            yield from _single(tasks, i)
+            continue
+        group = waiting.setdefault(kind, [])
+        group.append(i)
+        if len(group) == TOGETHER or len(group) * _elements(task) >= RUN:
+            yield _batch(tasks, waiting.pop(kind))
+    for group in waiting.values():
+        yield from _single(tasks, group[0]) if len(group) == 1 else (_batch(tasks, group),)
+
+
+def size(task: Task) -> int:
+    """Bytes that a task goes through."""
+    if isinstance(task, Put):
+        return len(task.data)
+    if isinstance(task, (Copy, Checksum)):
+        return task.source.size
+    return _elements(task) * _itemsize(task) * (2 if isinstance(task, Compare) else 1)
+
+
+def _single(tasks: Sequence[Task], i: int) -> Iterator[Job]:
+    for number, (size, unit) in enumerate(work.units(tasks[i])):
+        yield Job(((i, number),), size, functools.partial(_alone, unit))
+
+
+def _alone(unit: Callable[[Workspace], Result], space: Workspace) -> Sequence[Result]:
+    return (unit(space),)
+
+
+def _batch(tasks: Sequence[Task], group: Sequence[int]) -> Job:
+    # The pieces are cut when it runs: a pair of shapes that do not fit shows there.
+    chosen = [tasks[i] for i in group]
+    return Job([(i, 0) for i in group], sum(map(size, chosen)), functools.partial(_together, chosen))
+
+
+def _together(tasks: list[Task], space: Workspace) -> Sequence[Result]:
+    found: Sequence[Result] | None = None
+    with contextlib.suppress(PairError, NotSplittable):
+        if isinstance(tasks[0], Fold):
+            found = _fold(cast("list[Fold]", tasks), space)
+        elif isinstance(tasks[0], Split):
+            found = _split(cast("list[Split]", tasks), space)
+        else:
+            found = _compare(cast("list[Compare]", tasks), space)
+    return found or [unit(space) for task in tasks for _, unit in work.units(task)]
+
+
+def _fold(tasks: list[Fold], space: Workspace) -> Sequence[Result]:
+    values = _folded([task.pair for task in tasks], space, "v")
+    for task, part in zip(tasks, _parts(values, len(tasks)), strict=True):
+        space.files.write(task.to.path, task.to.start, part)
+    return [None] * len(tasks)
+
+
+def _split(tasks: list[Split], space: Workspace) -> Sequence[Result] | None:
+    first = tasks[0]
+    run = _only(pieces.cut(first.weight.shape, first.axis, first.groups, _itemsize(first)))
+    w = _read("v", [task.weight.raw for task in tasks], space).view(torch_dtype(first.weight.dtype))
+    g, v = weightnorm.split(
+        w.view(len(tasks), *run.shape),
+        _below(run),
+        g_dtype=torch_dtype(first.g_dtype),
+        overwrite=True,
+        scratch=space.scratch,
+    )
+    if weightnorm.row_counts(g, v.dtype) != RowCounts(0, 0):
+        return None
+    for task, part_g, part_v in zip(tasks, _parts(g, len(tasks)), _parts(v, len(tasks)), strict=True):
+        space.files.write(task.g.path, task.g.start, part_g)
+        space.files.write(task.v.path, task.v.start, part_v)
+    return [SplitPart(RowCounts(0, 0), None)] * len(tasks)
+
+
+def _compare(tasks: list[Compare], space: Workspace) -> Sequence[Result] | None:
+    sides = []
+    for role, side in (("v", [task.a for task in tasks]), ("other", [task.b for task in tasks])):
+        if isinstance(side[0], Pair):
+            sides.append(memory_of(_folded(cast("list[Pair]", side), space, role)))
+        else:
+            sides.append(memory_of(_read(role, [cast("Stored", stored).raw for stored in side], space)))
+    return [None] * len(tasks) if sides[0] == sides[1] else None
+
+
+def _folded(pairs: list[Pair], space: Workspace, role: str) -> Tensor:
+    run = _only(work.pieces_of(pairs[0]))
+    g = _read("g", [pair.g.raw for pair in pairs], space).view(torch_dtype(pairs[0].g.dtype))
+    v = _read(role, [pair.v.raw for pair in pairs], space).view(torch_dtype(pairs[0].v.dtype))
+    shape = (len(pairs), *run.shape)
+    kept = kept_axes(_below(run), len(shape))
+    g = g.view(tuple(n if i in kept else 1 for i, n in enumerate(shape)))
+    return weightnorm.fold(g, v.view(shape), overwrite=True, scratch=space.scratch)
+
+
+def _read(role: str, raws: Sequence[Raw], space: Workspace) -> Tensor:
+    """The bytes of tensors of one size, one after the other."""
+    size = raws[0].size
+    data = space.buffer(role, size * len(raws))
+    for raw, part in zip(raws, _parts(data, len(raws)), strict=True):
+        space.files.read(raw.path, raw.start, part)
+    return data
+
+
+def _parts(values: Tensor, count: int) -> Iterator[memoryview]:
+    memory = memory_of(values)
+    size = memory.nbytes // count
+    for i in range(count):
+        yield memory[i * size : (i + 1) * size]
+
+
+def _only(cut: Iterator[Run | pieces.Slab]) -> Run:
+    (run,) = cut
+    return cast("Run", run)
+
+
+def _below(run: Run) -> Axis:
+    """The kept axes of runs on top of one another."""
+    return (0, *(i + 1 for i in kept_axes(run.axis, len(run.shape))))
+
+
+def _kind(task: Task) -> Hashable | None:
+    """The same for tasks that can be done as one; None for one that is not small."""
+    if not isinstance(task, (Fold, Split, Compare)) or not 0 < _elements(task) <= SMALL:
+        return None
+    if isinstance(task, Fold):
+        return (Fold, *_form(task.pair))
+    if isinstance(task, Split):
+        return Split, *_form(task.weight), task.axis, task.groups, task.g_dtype
+    return Compare, _form(task.a), _form(task.b)
+
+
+def _form(side: Stored | Pair) -> tuple[Any, ...]:
+    if isinstance(side, Pair):
+        return _form(side.g), _form(side.v)
+    return side.dtype, side.shape, side.raw.size
+
+
+def _stored(task: Task) -> Stored:
+    """The tensor that gives a task its size."""
+    if isinstance(task, Fold):
+        return task.pair.v
+    if isinstance(task, Split):
+        return task.weight
+    side = cast("Compare", task).a
+    return side.v if isinstance(side, Pair) else side
+
+
+def _elements(task: Task) -> int:
+    return math.prod(_stored(task).shape)
+
+
+def _itemsize(task: Task) -> int:
+    dtype = getattr(torch, _stored(task).dtype, None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 1
