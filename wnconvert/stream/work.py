@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -125,7 +126,8 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
                 w, piece.axis, name=task.name, g_dtype=torch_dtype(task.g_dtype), first=piece.row, overwrite=True
             )
             space.write(task.g, piece.row, g)
-            space.write(task.v, piece.start, v)
+            if task.v is not None:
+                space.write(task.v, piece.start, v)
     except NotSplittable as problem:
         return SplitPart(weightnorm.RowCounts(0, 0), str(problem))
     return SplitPart(weightnorm.row_counts(g, dtype), None)
@@ -133,6 +135,19 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
 
 def _comparisons(task: Compare) -> Iterator[Unit]:
     a, b = task.a, task.b
+    differs = threading.Event() if task.whether else None
+    for size, compare in _comparisons_of(a, b):
+        yield size, compare if differs is None else functools.partial(_until_first, differs, compare)
+
+
+def _until_first(differs: threading.Event, compare: Callable[[Workspace], Result], space: Workspace) -> Result:
+    found = None if differs.is_set() else compare(space)
+    if found is not None:
+        differs.set()
+    return found
+
+
+def _comparisons_of(a: Stored | Pair, b: Stored | Pair) -> Iterator[Unit]:
     if isinstance(a, Stored) and isinstance(b, Stored):
         for start in range(0, a.raw.size, COPY):
             size = min(COPY, a.raw.size - start)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Place, Stored
 
@@ -37,10 +37,12 @@ class Workspace:
         data = self.read_bytes(role, stored.raw, first * dtype.itemsize, math.prod(shape) * dtype.itemsize)
         return data.view(dtype).view(shape)
 
-    def read_bytes(self, role: str, raw: Raw, start: int, size: int) -> Tensor:
+    def read_bytes(self, role: str, raw: Raw | Inline, start: int, size: int) -> Tensor:
         """Bytes of a stored tensor from `start` on, in the buffer for this role."""
         data = self.buffer(role, size)
-        if size:
+        if isinstance(raw, Inline):
+            memory_of(data)[:] = raw.data[start : start + size]
+        elif size:
             self.files.read(raw.path, raw.start + start, memory_of(data))
         return data
 

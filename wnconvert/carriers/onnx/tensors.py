@@ -42,6 +42,11 @@ def dtype_name(tensor: TensorProto) -> str:
     return _SPELLED.get(spelled, spelled)
 
 
+def torch_name(tensor: TensorProto) -> str | None:
+    """The name of the torch dtype that its elements are read as, or None if torch has none."""
+    return dtype_name(tensor) if tensor.data_type in _TORCH else None
+
+
 def itemsize(tensor: TensorProto) -> int:
     """Bytes of one element; sub-byte types count as one.
 
