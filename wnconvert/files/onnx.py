@@ -43,6 +43,8 @@ def read(path: Path, options: ReadOptions) -> OnnxDocument:
     """
     if options.arch is not None:
         raise UsageError(f"{path}: --arch is for checkpoints; an ONNX file says itself what its layers are")
+    if path.stat().st_size > LIMIT:
+        raise InputError(f"{path}: is over 2 GB, the most an ONNX file can have without external data")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:

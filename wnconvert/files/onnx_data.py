@@ -39,6 +39,7 @@ class DataFiles:
         self._staying: dict[str, bool] = {}
         self._sizes: dict[str, int] = {}
         self._apart: set[tuple[str, int, int]] = set()
+        self._changed: set[str] = set()
         self._holes: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
 
     def stays(self, location: str) -> bool:
@@ -77,9 +78,10 @@ class DataFiles:
             self._sizes[location] = size
 
     def place(self, part: Slice) -> Place | None:
-        """Where in a copied file a tensor gets other values, or None if it has to go elsewhere."""
+        """Where in a copied file a tensor gets other values, or None if there is no room for them."""
         if part.location not in self._sizes or (part.location, part.offset, part.length) not in self._apart:
             return None
+        self._changed.add(part.location)
         return Place(self._folder / part.location, part.offset)
 
     def leave_out(self, part: Slice) -> None:
@@ -96,25 +98,36 @@ class DataFiles:
                     yield Copy(source, Place(self._folder / location, at))
                 at = start + length
 
-    def finish(self) -> None:
+    def finish(self, model: str) -> dict[str, str]:
         """Look whether what is in the way of a written file is the same.
 
+        Args:
+            model: name of the model.
+
+        Returns:
+            New locations of files with other values than in the input, where the old one is taken.
+
         Raises:
-            InputError: it is not.
+            InputError: a file is in the way of one that is that of the input.
         """
+        renamed = {}
         for location in self._sizes:
             final, staged = self._folder.parent / location, self._folder / location
-            if final.exists():
-                if not filecmp.cmp(final, staged, shallow=False):
-                    raise _in_the_way(final)
+            if not final.exists():
+                continue
+            if filecmp.cmp(final, staged, shallow=False):
                 staged.unlink()
                 staged.symlink_to(final.resolve())
+            elif location in self._changed:
+                renamed[location] = _free_name(self._folder, model)
+                staged.rename(self._folder / renamed[location])
+            else:
+                raise _in_the_way(final)
+        return renamed
 
 
 class NewData:
     """Tensors for which no file of the input has room: small ones go into the model itself, others into a new file.
-
-    Its name is that of the model with `.data`, and a number where that is taken.
 
     Args:
         folder: the staging folder, with the other data files in it.
@@ -122,10 +135,7 @@ class NewData:
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        name, count = f"{model}.data", 1
-        while os.path.lexists(folder.parent / name) or os.path.lexists(folder / name):
-            count += 1
-            name = f"{model}.{count}.data"
+        name = _free_name(folder, model)
         self._path, self._size = folder / name, 0
         # The engine writes to files only.
         self._small, self._small_size = folder / f".{name}.small", 0
@@ -166,6 +176,15 @@ class NewData:
                     del tensor.external_data[:]
                     tensor.raw_data = file.read(size)
             self._small.unlink()
+
+
+def _free_name(folder: Path, model: str) -> str:
+    """A name for a data file, that of the model with `.data`, and a number where that is taken."""
+    name, count = f"{model}.data", 1
+    while os.path.lexists(folder.parent / name) or os.path.lexists(folder / name):
+        count += 1
+        name = f"{model}.{count}.data"
+    return name
 
 
 def _has_size(path: Path, size: int) -> bool:

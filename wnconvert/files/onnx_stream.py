@@ -71,14 +71,17 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> No
     _write_directions(carrier, splits, magnitudes, outcomes, data=data, new=new)
     carrier.settle(outcomes)
     new.finish()
-    data.finish()
+    renamed = data.finish(name)
+    for tensor, part in located:
+        if part.location in renamed and external.points_at(tensor, part.location):
+            external.refer(tensor, renamed[part.location], part.offset, part.length)
 
 
 def _trained(carrier: OnnxCarrier, data: DataFiles, watcher: Watcher) -> list[DeferredFold]:
     """The folds whose weight no file holds yet. What holds that of another is referred to."""
     guesses: list[tuple[DeferredFold, TensorProto]] = []
     for fold in carrier.deferred_folds():
-        held = [fold.original] if fold.original is not None and _is_there(carrier, fold.original) else []
+        held = [] if fold.original is None else [fold.original]
         if data.stays(_part(carrier, fold.tensor).location):
             held.append(fold.tensor)
         guesses += [(fold, tensor) for tensor in held if not _a_row_differs(carrier, fold, tensor)]
@@ -116,14 +119,6 @@ def _a_row_differs(carrier: OnnxCarrier, fold: DeferredFold, other: TensorProto)
     except PairError:
         # Reading all of it finds that again, and tells which row it is.
         return False
-
-
-def _is_there(carrier: OnnxCarrier, tensor: TensorProto) -> bool:
-    try:
-        external.locate(tensor, carrier.folder)
-    except InputError:
-        return False
-    return True
 
 
 def _room(part: Slice, tensor: TensorProto, data: DataFiles, new: NewData) -> Place:

@@ -32,7 +32,7 @@ class DeferredFold:
     Attributes:
         pair: both halves, where they lie.
         tensor: holds the direction and will hold the weight.
-        original: the same referring to the data that the weight had before it was split, if that is known.
+        original: the same referring to the data that the weight had before it was split, if that is still there.
     """
 
     pair: plan.Pair
@@ -145,13 +145,17 @@ class OnnxCarrier:
         """
         pair = self._pair_of[self._by_name[site.name]]
         g, v, last = pair.g.tensor, pair.v.tensor, pair.result.node
+        original = None if last is None else external.recall(last.doc_string, v)
+        if original is not None and not external.is_there(original, self.folder):
+            original = None
         if external.is_external(v):
             halves = plan.Pair(site.name, views.stored(g, self.folder), views.stored(v, self.folder))
-            original = None if last is None else external.recall(last.doc_string, v)
             self._folds.append(DeferredFold(halves, v, original))
         else:
             folded = weight()
-            if not bits.same(folded, tensors.read_inline(v)):
+            if original is not None and bits.same(folded, external.read(original, self.folder)):
+                v.CopyFrom(original)
+            elif not bits.same(folded, tensors.read_inline(v)):
                 tensors.write_inline(v, folded)
         self._take_out(pair)
 

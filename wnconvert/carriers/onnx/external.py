@@ -32,6 +32,12 @@ def is_external(tensor: TensorProto) -> bool:
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
+def points_at(tensor: TensorProto, location: str) -> bool:
+    """Whether a tensor has its data in this file."""
+    entries = {str(entry.key): str(entry.value) for entry in tensor.external_data}
+    return is_external(tensor) and str(PurePosixPath(entries.get("location", ""))) == location
+
+
 def locate(tensor: TensorProto, folder: Path) -> Slice:
     """Find the data of an external tensor, without reading it.
 
@@ -65,6 +71,15 @@ def locate(tensor: TensorProto, folder: Path) -> Slice:
             f"{path}: truncated: {name} needs bytes {offset} to {offset + length}, the file has {size} bytes"
         )
     return Slice(path, str(posix), offset, length)
+
+
+def is_there(tensor: TensorProto, folder: Path) -> bool:
+    """Whether the data of an external tensor can be found."""
+    try:
+        locate(tensor, folder)
+    except InputError:
+        return False
+    return True
 
 
 def read(tensor: TensorProto, folder: Path) -> Tensor:
