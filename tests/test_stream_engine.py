@@ -17,6 +17,7 @@ from tests.reference import same_bits
 from wnconvert import directions, sums, weightnorm
 from wnconvert.errors import InputError, NotSplittable, PairError
 from wnconvert.files.entries import Raw
+from wnconvert.files.raw import Inline
 from wnconvert.stream import engine, fileio, pieces, slabs
 from wnconvert.stream.plan import Compare, Copy, Fold, Pair, Place, Put, Split, Stored
 from wnconvert.stream.work import Mismatch, SplitPart
@@ -203,6 +204,43 @@ def test_differences_are_counted_over_pieces(tmp_path: Path, monkeypatch: Any) -
     mismatches = [part for part in found[0] if isinstance(part, Mismatch)]
     assert sum(part.values for part in mismatches) == 3
     assert max(part.ulp or 0 for part in mismatches) >= 3
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_magnitudes_alone(held: int, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pieces.cut, "__kwdefaults__", {"run": 8, "held": held, "slab": 4})
+    w = torch.randn(6, 8)
+    w[2] = 0
+    out = tmp_path / "out"
+    fileio.create(out, 6 * 4)
+
+    found = engine.run([Split("w", store(tmp_path / "w", w), 0, 1, "float32", Place(out, 0), None)])
+
+    assert same_bits(load(out, w[:, :1]), weightnorm.split(w, 0)[0])
+    assert out.stat().st_size == 6 * 4
+    assert engine.outcome_of(found[0]) == (1, 0)
+
+
+def test_half_of_a_pair_need_not_be_in_a_file(tmp_path: Path) -> None:
+    g, v = torch.rand(6, 1), torch.randn(6, 8)
+    w = weightnorm.fold(g, v)
+    out = tmp_path / "out"
+    fileio.create(out, w.nbytes)
+
+    engine.run([Fold(Pair("w", Stored(Inline(data(g)), "float32", (6, 1)), store(tmp_path / "v", v)), Place(out, 0))])
+
+    assert same_bits(load(out, w), w)
+
+
+def test_a_comparison_can_stop_at_the_first_difference(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pieces.cut, "__kwdefaults__", {"run": 8, "held": 1 << 20, "slab": 4})
+    g, v = torch.ones(60, 1), torch.randn(60, 8)
+    sides = Pair("w", store(tmp_path / "g", g), store(tmp_path / "v", v)), store(tmp_path / "w", v + 1)
+
+    stopped, whole = (engine.run([Compare("w", *sides, whether=whether)], workers=1)[0] for whether in (True, False))
+
+    assert len(stopped) == 1
+    assert len(whole) == 60
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -94,9 +94,9 @@ def _in_files(a: object, b: object) -> tuple[Stored | Pair, Stored | Pair] | Non
     return (x, y) if same_rows else None
 
 
-def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...]]:
+def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...], int]:
     stored = side.v if isinstance(side, Pair) else side
-    return stored.dtype, stored.shape
+    return stored.dtype, stored.shape, stored.raw.size
 
 
 def _compare_stored(tasks: list[Compare], watcher: Watcher) -> dict[str, Difference | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wnconvert.errors import InputError
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.files.staging import FINISHED
 from wnconvert.sites import RowCounts
 from wnconvert.stream.plan import Copy, Fold, Split, Task
@@ -89,8 +90,11 @@ def mark_of(tasks: Sequence[Task]) -> str:
 def _inputs(task: Task) -> Iterable[Path]:
     if isinstance(task, Copy):
         return (task.source.path,)
+    read: tuple[Raw | Inline, ...]
     if isinstance(task, Fold):
-        return task.pair.g.raw.path, task.pair.v.raw.path
-    if isinstance(task, Split):
-        return (task.weight.raw.path,)
-    return ()
+        read = (task.pair.g.raw, task.pair.v.raw)
+    elif isinstance(task, Split):
+        read = (task.weight.raw,)
+    else:
+        read = ()
+    return (raw.path for raw in read if isinstance(raw, Raw))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +9,13 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
-from wnconvert.carriers.onnx import OnnxCarrier, external
+from wnconvert.carriers.onnx import OnnxCarrier
 from wnconvert.errors import InputError, UsageError
-from wnconvert.files import Document, ReadOptions
+from wnconvert.files import Document, ReadOptions, onnx_stream
 from wnconvert.files.magnitudes import statistics
 from wnconvert.files.onnx_outputs import compare
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+from wnconvert.watch import SILENT, Watcher
 
 LIMIT = 2**31 - 1
 """Bytes that a protobuf message can have."""
@@ -43,6 +43,8 @@ def read(path: Path, options: ReadOptions) -> OnnxDocument:
     """
     if options.arch is not None:
         raise UsageError(f"{path}: --arch is for checkpoints; an ONNX file says itself what its layers are")
+    if path.stat().st_size > LIMIT:
+        raise InputError(f"{path}: is over 2 GB, the most an ONNX file can have without external data")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -63,9 +65,11 @@ class OnnxDocument:
     """
 
     format = "onnx"
+    resumable = False
 
     def __init__(self, path: Path, model: ModelProto) -> None:
         self.path = path
+        self._watcher = SILENT
         try:
             self.carrier = OnnxCarrier(model, path.parent)
         except InputError as error:
@@ -75,6 +79,10 @@ class OnnxDocument:
         if model.functions:
             self.notes.append(f"weights inside its {len(model.functions)} local functions are not looked at")
 
+    def watch(self, watcher: Watcher) -> None:
+        """See `Watched.watch`."""
+        self._watcher = watcher
+
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """Statistics of g by site name."""
         found = {name: statistics(g.numpy()) for name, g in self.carrier.magnitudes().items()}
@@ -83,18 +91,15 @@ class OnnxDocument:
     def save(self, folder: Path, name: str) -> None:
         """Write the model into a staging folder inside the folder it will be in.
 
-        Data files that did not change stay what they are: referenced where the result lands in the same folder, else
-        copied. Data that changed goes into a new file.
+        Data files are referenced where the result lands in the same folder, and weights that changed go into a new
+        file. Elsewhere data files are copied, and weights that changed are written in their place.
 
         Raises:
+            PairError: a pair cannot be multiplied.
             InputError: a file of another model is in the way, or the model does not fit one protobuf message.
         """
-        external.stage(self.carrier.data_files(), self.carrier.folder, folder)
-        if os.path.lexists(folder / name):
-            # Writing there would go through the link, into the data of the input.
-            raise InputError(f"{folder.parent / name}: is a data file of the model; choose another name")
-        with self.carrier.relocated(external.DataFile(folder, name)) as model:
-            (folder / name).write_bytes(_serialize(model, self.path))
+        onnx_stream.write(self.carrier, folder, name, self._watcher)
+        (folder / name).write_bytes(_serialize(self.carrier.model, self.path))
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:
         """Run both models in ONNX Runtime, in processes of their own."""

@@ -1,4 +1,4 @@
-"""A part of a file. Nothing here imports torch."""
+"""A part of a file, or what stands for one. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -13,3 +13,15 @@ class Raw:
     path: Path
     start: int
     size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inline:
+    """The bytes of a small tensor that has no place of its own in a file."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return len(self.data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.sites import RowCounts
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Put, Split, Task
 from wnconvert.watch import Watcher
@@ -70,7 +70,7 @@ def plan(output: Output) -> tuple[int, list[Task]]:
     first = header.render([(e.name, e.dtype, e.shape, stored_size(e)) for e in entries], output.metadata)
     tasks: list[Task] = [Put(first, Place(output.path, 0))]
     at = len(first)
-    halves: dict[Raw, Place] = {}
+    halves: dict[Raw | Inline, Place] = {}
     for entry in entries:
         place = Place(output.path, at)
         at += stored_size(entry)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wnconvert import weightnorm
 from wnconvert.errors import NotSplittable, PairError
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.sites import Axis, RowCounts, kept_axes
 from wnconvert.stream import pieces, work
 from wnconvert.stream.pieces import RUN, Run
@@ -58,9 +58,9 @@ def jobs(tasks: Sequence[Task]) -> Iterator[Job]:
         group = waiting.setdefault(kind, [])
         group.append(i)
         if len(group) == TOGETHER or len(group) * _elements(task) >= RUN:
-            yield _batch(tasks, waiting.pop(kind))
+            yield from _group(tasks, waiting.pop(kind))
     for group in waiting.values():
-        yield from _single(tasks, group[0]) if len(group) == 1 else (_batch(tasks, group),)
+        yield from _group(tasks, group)
 
 
 def size(task: Task) -> int:
@@ -81,34 +81,56 @@ def _alone(unit: Callable[[Workspace], Result], space: Workspace) -> Sequence[Re
     return (unit(space),)
 
 
-def _batch(tasks: Sequence[Task], group: Sequence[int]) -> Job:
-    # The pieces are cut when it runs: a pair of shapes that do not fit shows there.
+def _group(tasks: Sequence[Task], group: Sequence[int]) -> Iterator[Job]:
+    run = _run_of(tasks[group[0]])
+    if run is None or len(group) == 1:
+        for i in group:
+            yield from _single(tasks, i)
+        return
     chosen = [tasks[i] for i in group]
-    return Job([(i, 0) for i in group], sum(map(size, chosen)), functools.partial(_together, chosen))
+    yield Job([(i, 0) for i in group], sum(map(size, chosen)), functools.partial(_together, chosen, run))
 
 
-def _together(tasks: list[Task], space: Workspace) -> Sequence[Result]:
+def _run_of(task: Task) -> Run | None:
+    """The one run that a small tensor is, or None if it is cut in another way."""
+    if isinstance(task, Split):
+        cut = list(pieces.cut(task.weight.shape, task.axis, task.groups, _itemsize(task)))
+    else:
+        pair = _pair(task)
+        # Two plain tensors are compared whole.
+        cut = [_WHOLE] if pair is None else list(work.pieces_of(pair))
+    return cut[0] if len(cut) == 1 and isinstance(cut[0], Run) else None
+
+
+_WHOLE = Run(0, (), None, 0, 1)
+
+
+def _pair(task: Task) -> Pair | None:
+    sides = [task.pair] if isinstance(task, Fold) else [task.a, task.b] if isinstance(task, Compare) else []
+    return next((side for side in sides if isinstance(side, Pair)), None)
+
+
+def _together(tasks: list[Task], run: Run, space: Workspace) -> Sequence[Result]:
     found: Sequence[Result] | None = None
     with contextlib.suppress(PairError, NotSplittable):
         if isinstance(tasks[0], Fold):
-            found = _fold(cast("list[Fold]", tasks), space)
+            found = _fold(cast("list[Fold]", tasks), run, space)
         elif isinstance(tasks[0], Split):
-            found = _split(cast("list[Split]", tasks), space)
+            found = _split(cast("list[Split]", tasks), run, space)
         else:
-            found = _compare(cast("list[Compare]", tasks), space)
+            found = _compare(cast("list[Compare]", tasks), run, space)
     return found or [unit(space) for task in tasks for _, unit in work.units(task)]
 
 
-def _fold(tasks: list[Fold], space: Workspace) -> Sequence[Result]:
-    values = _folded([task.pair for task in tasks], space, "v")
+def _fold(tasks: list[Fold], run: Run, space: Workspace) -> Sequence[Result]:
+    values = _folded([task.pair for task in tasks], run, space, "v")
     for task, part in zip(tasks, _parts(values, len(tasks)), strict=True):
         space.files.write(task.to.path, task.to.start, part)
     return [None] * len(tasks)
 
 
-def _split(tasks: list[Split], space: Workspace) -> Sequence[Result] | None:
+def _split(tasks: list[Split], run: Run, space: Workspace) -> Sequence[Result] | None:
     first = tasks[0]
-    run = _only(pieces.cut(first.weight.shape, first.axis, first.groups, _itemsize(first)))
     w = _read("v", [task.weight.raw for task in tasks], space).view(torch_dtype(first.weight.dtype))
     g, v = weightnorm.split(
         w.view(len(tasks), *run.shape),
@@ -121,22 +143,22 @@ def _split(tasks: list[Split], space: Workspace) -> Sequence[Result] | None:
         return None
     for task, part_g, part_v in zip(tasks, _parts(g, len(tasks)), _parts(v, len(tasks)), strict=True):
         space.files.write(task.g.path, task.g.start, part_g)
-        space.files.write(task.v.path, task.v.start, part_v)
+        if task.v is not None:
+            space.files.write(task.v.path, task.v.start, part_v)
     return [SplitPart(RowCounts(0, 0), None)] * len(tasks)
 
 
-def _compare(tasks: list[Compare], space: Workspace) -> Sequence[Result] | None:
+def _compare(tasks: list[Compare], run: Run, space: Workspace) -> Sequence[Result] | None:
     sides = []
     for role, side in (("v", [task.a for task in tasks]), ("other", [task.b for task in tasks])):
         if isinstance(side[0], Pair):
-            sides.append(memory_of(_folded(cast("list[Pair]", side), space, role)))
+            sides.append(memory_of(_folded(cast("list[Pair]", side), run, space, role)))
         else:
             sides.append(memory_of(_read(role, [cast("Stored", stored).raw for stored in side], space)))
     return [None] * len(tasks) if sides[0] == sides[1] else None
 
 
-def _folded(pairs: list[Pair], space: Workspace, role: str) -> Tensor:
-    run = _only(work.pieces_of(pairs[0]))
+def _folded(pairs: list[Pair], run: Run, space: Workspace, role: str) -> Tensor:
     g = _read("g", [pair.g.raw for pair in pairs], space).view(torch_dtype(pairs[0].g.dtype))
     v = _read(role, [pair.v.raw for pair in pairs], space).view(torch_dtype(pairs[0].v.dtype))
     shape = (len(pairs), *run.shape)
@@ -145,12 +167,12 @@ def _folded(pairs: list[Pair], space: Workspace, role: str) -> Tensor:
     return weightnorm.fold(g, v.view(shape), overwrite=True, scratch=space.scratch)
 
 
-def _read(role: str, raws: Sequence[Raw], space: Workspace) -> Tensor:
+def _read(role: str, raws: Sequence[Raw | Inline], space: Workspace) -> Tensor:
     """The bytes of tensors of one size, one after the other."""
     size = raws[0].size
     data = space.buffer(role, size * len(raws))
     for raw, part in zip(raws, _parts(data, len(raws)), strict=True):
-        space.files.read(raw.path, raw.start, part)
+        space.fill(part, raw)
     return data
 
 
@@ -159,11 +181,6 @@ def _parts(values: Tensor, count: int) -> Iterator[memoryview]:
     size = memory.nbytes // count
     for i in range(count):
         yield memory[i * size : (i + 1) * size]
-
-
-def _only(cut: Iterator[Run | pieces.Slab]) -> Run:
-    (run,) = cut
-    return cast("Run", run)
 
 
 def _below(run: Run) -> Axis:

@@ -7,13 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.sites import Axis
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file, contiguous in row-major order.
+    """A tensor, contiguous in row-major order, mostly in a file.
 
     Attributes:
         raw: where its bytes are.
@@ -21,7 +21,7 @@ class Stored:
         shape: of the tensor.
     """
 
-    raw: Raw
+    raw: Raw | Inline
     dtype: str
     shape: tuple[int, ...]
 
@@ -113,7 +113,7 @@ class Split:
         groups: above 1, the axis refers to the weight seen in groups.
         g_dtype: as in `float32`.
         g: where the magnitude goes.
-        v: where the direction goes.
+        v: where the direction goes, or None if only the magnitude is written.
     """
 
     name: str
@@ -122,16 +122,24 @@ class Split:
     groups: int
     g_dtype: str
     g: Place
-    v: Place
+    v: Place | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compare:
-    """Compare two tensors of one shape and dtype bit by bit, pairs multiplied."""
+    """Compare two tensors of one shape and dtype bit by bit, pairs multiplied.
+
+    Attributes:
+        name: of the tensor.
+        a: one side.
+        b: the other.
+        whether: it is enough to know whether they differ, so what follows the first difference is not looked at.
+    """
 
     name: str
     a: Stored | Pair
     b: Stored | Pair
+    whether: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

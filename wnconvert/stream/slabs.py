@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wnconvert import directions, powers, weightnorm
 from wnconvert.stream.pieces import SLAB, Slab
-from wnconvert.stream.plan import Fold, Pair, Split, Stored
+from wnconvert.stream.plan import Fold, Pair, Place, Split, Stored
 from wnconvert.stream.workspace import Workspace, torch_dtype
 
 
@@ -30,19 +30,20 @@ def folded(pair: Pair, slab: Slab, space: Workspace, role: str = "v") -> Iterato
 
 
 def split(task: Split, slab: Slab, space: Workspace) -> Tensor:
-    """Write both halves of the rows of a slab, and return the magnitudes."""
+    """Write the halves of the rows of a slab that are wanted, and return the magnitudes."""
     norms = _norms(task.weight, slab, space)
     dtype = torch_dtype(task.weight.dtype)
     g, changed = weightnorm.slab_magnitudes(norms, torch_dtype(task.g_dtype), dtype, slab.row)
     space.write(task.g, slab.row, g)
-    for at, values in parts(task.weight, slab, space, "v"):
-        space.write(task.v, at, values)
-    for row in changed:
-        _change_row(task, slab, row, float(norms[row]), space)
+    if task.v is not None:
+        for at, values in parts(task.weight, slab, space, "v"):
+            space.write(task.v, at, values)
+        for row in changed:
+            _change_row(task, task.v, slab, space, row=row, norm=float(norms[row]))
     return g
 
 
-def _change_row(task: Split, slab: Slab, row: int, norm: float, space: Workspace) -> None:
+def _change_row(task: Split, to: Place, slab: Slab, space: Workspace, *, row: int, norm: float) -> None:
     """Write another direction for one row: random for zeros, scaled for one at the edge of the number format."""
     one = Slab(slab.start, slab.before, slab.block_rows, slab.after, slab.offset + row, slab.row + row, 1)
     sizes = [values.numel() for _, values in parts(task.weight, one, space, "v")]
@@ -51,9 +52,9 @@ def _change_row(task: Split, slab: Slab, row: int, norm: float, space: Workspace
         random = _in_sizes(directions.Direction(task.name, one.row, one.columns), sizes)
     for at, values in parts(task.weight, one, space, "v"):
         if random is None:
-            space.write(task.v, at, powers.scaled_direction(values, norm, one.row))
+            space.write(to, at, powers.scaled_direction(values, norm, one.row))
         else:
-            space.write(task.v, at, directions.signed(next(random), values))
+            space.write(to, at, directions.signed(next(random), values))
 
 
 def _in_sizes(direction: directions.Direction, sizes: list[int]) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -132,7 +133,8 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
                 scratch=space.scratch,
             )
             space.write(task.g, piece.row, g)
-            space.write(task.v, piece.start, v)
+            if task.v is not None:
+                space.write(task.v, piece.start, v)
     except NotSplittable as problem:
         return SplitPart(weightnorm.RowCounts(0, 0), str(problem))
     return SplitPart(weightnorm.row_counts(g, dtype), None)
@@ -140,6 +142,19 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
 
 def _comparisons(task: Compare) -> Iterator[Unit]:
     a, b = task.a, task.b
+    differs = threading.Event() if task.whether else None
+    for size, compare in _comparisons_of(a, b):
+        yield size, compare if differs is None else functools.partial(_until_first, differs, compare)
+
+
+def _until_first(differs: threading.Event, compare: Callable[[Workspace], Result], space: Workspace) -> Result:
+    found = None if differs.is_set() else compare(space)
+    if found is not None:
+        differs.set()
+    return found
+
+
+def _comparisons_of(a: Stored | Pair, b: Stored | Pair) -> Iterator[Unit]:
     if isinstance(a, Stored) and isinstance(b, Stored):
         for start in range(0, a.raw.size, COPY):
             size = min(COPY, a.raw.size - start)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wnconvert import weightnorm
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Inline, Raw
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Place, Stored
 
@@ -45,12 +45,18 @@ class Workspace:
         data = self.read_bytes(role, stored.raw, first * dtype.itemsize, math.prod(shape) * dtype.itemsize)
         return data.view(dtype).view(shape)
 
-    def read_bytes(self, role: str, raw: Raw, start: int, size: int) -> Tensor:
+    def read_bytes(self, role: str, raw: Raw | Inline, start: int, size: int) -> Tensor:
         """Bytes of a stored tensor from `start` on, in the buffer for this role."""
         data = self.buffer(role, size)
-        if size:
-            self.files.read(raw.path, raw.start + start, memory_of(data))
+        self.fill(memory_of(data), raw, start)
         return data
+
+    def fill(self, target: memoryview, raw: Raw | Inline, start: int = 0) -> None:
+        """Read bytes of a stored tensor from `start` on, as many as there is room for."""
+        if isinstance(raw, Inline):
+            target[:] = raw.data[start : start + target.nbytes]
+        elif target.nbytes:
+            self.files.read(raw.path, raw.start + start, target)
 
     def write(self, to: Place, first: int, values: Tensor) -> None:
         """Write contiguous values at element number `first` of the tensor that starts at a place."""

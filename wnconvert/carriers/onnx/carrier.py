@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
-from wnconvert import bits, names, weightnorm
-from wnconvert.carriers.onnx import external, tensors
+from wnconvert import bits, names
+from wnconvert.carriers.onnx import external, tensors, views
 from wnconvert.carriers.onnx.edit import Editor
 from wnconvert.carriers.onnx.graphs import IR_WITH_INITIALIZERS, Constant, GraphIndex, Scope, all_tensors
 from wnconvert.carriers.onnx.pairs import Pair, emit, find_pairs
 from wnconvert.carriers.onnx.roots import OTHER_FORM
 from wnconvert.carriers.onnx.uses import find_uses
-from wnconvert.errors import InputError, UsageError
-from wnconvert.sites import Dim, Scheme, Site, Use, resolve
+from wnconvert.errors import UsageError
+from wnconvert.sites import Dim, RowCounts, Scheme, Site, Use, resolve
+from wnconvert.stream import plan
 
 INTEGER_CONSTANTS = 9
 """The first operator set whose Constant makes integers."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeferredFold:
+    """A pair whose nodes are gone from the model, and whose weight has to be written.
+
+    Attributes:
+        pair: both halves, where they lie.
+        tensor: holds the direction and will hold the weight.
+        original: the same referring to the data that the weight had before it was split, if that is still there.
+    """
+
+    pair: plan.Pair
+    tensor: TensorProto
+    original: TensorProto | None
+
+
 class OnnxCarrier:
-    """A `Carrier` over a ModelProto, which it changes in place.
+    """A `DeferringCarrier` over a ModelProto, which it changes in place.
 
     The tensor of a weight stays where it is and under its name, and becomes the direction. Only the magnitude and a few
     nodes are added, and everything that read the weight reads their result.
@@ -40,16 +55,27 @@ class OnnxCarrier:
     walker_note: str | None = None
 
     def __init__(self, model: ModelProto, folder: Path) -> None:
-        self.model = model
+        self._model = model
         self.folder = folder
-        # Data that no longer is what an external tensor refers to, by the identity of that tensor.
-        self._changed: dict[int, tuple[TensorProto, Callable[[], Tensor]]] = {}
+        self._deferred: dict[str, Site] = {}
+        self._folds: list[DeferredFold] = []
+        self._outcomes: dict[str, RowCounts | str] = {}
+        self._editor, self._edited = Editor(), True
         self._last_read = torch.empty(0)
         self._refresh()
 
+    @property
+    def model(self) -> ModelProto:
+        """The model as it stands now."""
+        self._editor.finish()
+        return self._model
+
     def _refresh(self) -> None:
+        """Index the model again if it was edited."""
+        if not self._edited:
+            return
+        self._edited = False
         self.index = GraphIndex(self.model)
-        self._editor = Editor()
         self._pairs = find_pairs(self.index)
         self._by_name = self.index.constants()
         self._pair_of = {pair.v: pair for pair in self._pairs.values()}
@@ -87,36 +113,51 @@ class OnnxCarrier:
         """float32 for half types, whose norm the graph computes in float32."""
         return torch.float32 if site.dtype in ("float16", "bfloat16") else None
 
+    def defer_split(self, site: Site, scheme: Scheme) -> bool:
+        """See `DeferringCarrier.defer_split`. That is so for every weight in a data file.
+
+        Raises:
+            UsageError: see `put_pair`.
+        """
+        tensor = self._by_name[site.name].tensor
+        if not external.is_external(tensor):
+            return False
+        kind = TensorProto.FLOAT if tensor.data_type in tensors.HALF else tensor.data_type
+        self._put_nodes(site, TensorProto(data_type=kind, dims=site.g_shape), scheme)
+        self._deferred[site.name] = site
+        return True
+
     def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
         """Add the magnitude and the nodes, and let every reader of the weight read their result.
 
         Raises:
             UsageError: a scheme is asked for. Pairs in a graph are found by structure, so there is nothing to spell.
         """
-        if scheme != "legacy":
-            raise UsageError("an ONNX graph names its tensors freely, so --names has no meaning for it")
-        value = self._by_name[site.name]
-        magnitude = tensors.make(self.index.new_name(names.spell(value.name, "legacy")[0]), g)
-        made = emit(self.index, value, magnitude, site.axis, site.groups)
+        self._put_nodes(site, tensors.make("", g), scheme)
         # Where no row had to change, v is the tensor that was read.
         if v.data_ptr() != self._last_read.data_ptr():
-            if external.is_external(value.tensor):
-                # The original data stays where it is, and fold finds the way back to it.
-                made.nodes[-1].doc_string = external.reference(value.tensor)
-            self._write(value.tensor, lambda: v)
-        self._editor.insert(value, [*self._hold(value.scope, made.constants), *made.nodes])
-        for consumer in value.consumers:
-            consumer.node.input[consumer.position] = made.result
+            tensors.write_inline(self._by_name[site.name].tensor, v)
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
-        """Take the nodes and the magnitude out again, and let every reader read the tensor itself."""
+        """Take the nodes and the magnitude out again, and let every reader read the tensor itself.
+
+        What is in a data file is left to whoever saves the model.
+        """
         pair = self._pair_of[self._by_name[site.name]]
-        folded = weight()
-        if not bits.same(folded, self._read(pair.v)) and not self._restore(pair, folded):
-            self._write(pair.v.tensor, weight)
-        for consumer in pair.result.consumers:
-            consumer.node.input[consumer.position] = pair.v.name
-        self._editor.remove(pair)
+        g, v, last = pair.g.tensor, pair.v.tensor, pair.result.node
+        original = None if last is None else external.recall(last.doc_string, v)
+        if original is not None and not external.is_there(original, self.folder):
+            original = None
+        if external.is_external(v):
+            halves = plan.Pair(site.name, views.stored(g, self.folder), views.stored(v, self.folder))
+            self._folds.append(DeferredFold(halves, v, original))
+        else:
+            folded = weight()
+            if original is not None and bits.same(folded, external.read(original, self.folder)):
+                v.CopyFrom(original)
+            elif not bits.same(folded, tensors.read_inline(v)):
+                tensors.write_inline(v, folded)
+        self._take_out(pair)
 
     def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002 - refused for any
         """Refuse: a pair in a graph has no keys.
@@ -142,27 +183,42 @@ class OnnxCarrier:
         return {self.index.label(pair.v): self._read(pair.g) for pair in self._pairs.values()}
 
     def data_files(self) -> set[str]:
-        """Locations of the external data that the model refers to, without what has been changed."""
-        return {
-            external.locate(tensor, self.folder).location
-            for tensor in all_tensors(self.model)
-            if external.is_external(tensor) and id(tensor) not in self._changed
-        }
+        """Locations of the external data that the model refers to."""
+        return {part.location for _, part in self.located()}
 
-    @contextmanager
-    def relocated(self, file: external.DataFile) -> Iterator[ModelProto]:
-        """The model as it has to be saved, with every changed external tensor written to `file`."""
-        saved = []
-        try:
-            for tensor, data in self._changed.values():
-                before = TensorProto()
-                before.CopyFrom(tensor)
-                saved.append((tensor, before))
-                file.put(tensor, data())
-            yield self.model
-        finally:
-            for tensor, before in saved:
-                tensor.CopyFrom(before)
+    def located(self) -> list[tuple[TensorProto, external.Slice]]:
+        """Every external tensor with its place.
+
+        Raises:
+            InputError: see `external.locate`.
+        """
+        return [
+            (tensor, external.locate(tensor, self.folder))
+            for tensor in all_tensors(self.model)
+            if external.is_external(tensor)
+        ]
+
+    def deferred_splits(self) -> list[tuple[Site, Pair]]:
+        """Splits whose magnitudes have no values yet, each with its pair as it stands in the model now."""
+        if self._deferred:
+            self._refresh()
+        return [(site, self._pair_of[self._by_name[name]]) for name, site in self._deferred.items()]
+
+    def deferred_folds(self) -> list[DeferredFold]:
+        """Folds whose weights have no values yet."""
+        return self._folds
+
+    def settle(self, outcomes: Mapping[str, RowCounts | str]) -> None:
+        """Say what deferred splits came to by site name. A reason instead of counts takes a split back."""
+        for name, outcome in outcomes.items():
+            if isinstance(outcome, str):
+                self._take_out(self._pair_of[self._by_name[name]])
+        self._outcomes |= outcomes
+        self._deferred.clear()
+
+    def outcomes(self) -> Mapping[str, RowCounts | str]:
+        """See `DeferringCarrier.outcomes`."""
+        return self._outcomes
 
     def _site(self, value: Constant, uses: list[Use], dim: Dim) -> Site:
         shape, dtype = tuple(value.tensor.dims), tensors.dtype_name(value.tensor)
@@ -191,7 +247,7 @@ class OnnxCarrier:
             return f"dtype {tensors.dtype_name(value.tensor)} has no weight normalization"
         if 0 in value.tensor.dims:
             return "it is empty"
-        if value.is_input and self.model.ir_version >= IR_WITH_INITIALIZERS:
+        if value.is_input and self._model.ir_version >= IR_WITH_INITIALIZERS:
             return "it can be overridden from outside: it is an input of the graph as well as an initializer"
         if value.is_output:
             return "it is an output of the graph"
@@ -201,47 +257,39 @@ class OnnxCarrier:
 
     def _group_problem(self, site: Site) -> str | None:
         """Why a weight cannot be split by groups: its Reshape needs integers, which the oldest models cannot hold."""
-        if site.groups > 1 and self.model.ir_version < IR_WITH_INITIALIZERS and self.index.opset < INTEGER_CONSTANTS:
+        if site.groups > 1 and self._model.ir_version < IR_WITH_INITIALIZERS and self.index.opset < INTEGER_CONSTANTS:
             return f"operator set {self.index.opset} has no integer Constant, which a split by groups needs"
         return None
 
     def _read(self, value: Constant) -> Tensor:
-        if id(value.tensor) in self._changed:
-            return self._changed[id(value.tensor)][1]()
-        if external.is_external(value.tensor):
-            return external.read(value.tensor, self.folder)
-        return tensors.read_inline(value.tensor)
+        return views.read(value.tensor, self.folder)
 
     def _reader(self, value: Constant) -> Callable[[], Tensor]:
         pair = self._pair_of.get(value)
         if pair is None:
-            return lambda: self._read(value)
-        return lambda: weightnorm.fold(self._read(pair.g), self._read(pair.v), name=self.index.label(value))
+            return views.Plain(value.tensor, self.folder)
+        return views.Folded(self.index.label(value), pair.g.tensor, pair.v.tensor, self.folder)
 
-    def _write(self, tensor: TensorProto, data: Callable[[], Tensor]) -> None:
-        if external.is_external(tensor):
-            self._changed[id(tensor)] = (tensor, data)
-        else:
-            tensors.write_inline(tensor, data())
+    def _put_nodes(self, site: Site, magnitude: TensorProto, scheme: Scheme) -> None:
+        self._edited = True
+        if scheme != "legacy":
+            raise UsageError("an ONNX graph names its tensors freely, so --names has no meaning for it")
+        value = self._by_name[site.name]
+        magnitude.name = self.index.new_name(names.spell(value.name, "legacy")[0])
+        made = emit(self.index, value, magnitude, site.axis, site.groups)
+        self._editor.insert(value, [*self._hold(value.scope, made.constants), *made.nodes])
+        for consumer in value.consumers:
+            consumer.node.input[consumer.position] = made.result
 
-    def _restore(self, pair: Pair, weight: Tensor) -> bool:
-        """Let a tensor refer to its original external data again, if that still is the weight, bit for bit."""
-        last = pair.result.node
-        original = None if last is None else external.recall(last.doc_string, pair.v.tensor)
-        if original is None:
-            return False
-        try:
-            same = bits.same(weight, external.read(original, self.folder))
-        except InputError:
-            return False
-        if same:
-            self._changed.pop(id(pair.v.tensor), None)
-            pair.v.tensor.CopyFrom(original)
-        return same
+    def _take_out(self, pair: Pair) -> None:
+        self._edited = True
+        for consumer in pair.result.consumers:
+            consumer.node.input[consumer.position] = pair.v.name
+        self._editor.remove(pair)
 
     def _hold(self, scope: Scope, constants: Iterable[TensorProto]) -> list[NodeProto]:
         """Put new tensors into a graph: as initializers, or as nodes where an initializer has to be an input too."""
-        if self.model.ir_version >= IR_WITH_INITIALIZERS:
+        if self._model.ir_version >= IR_WITH_INITIALIZERS:
             scope.graph.initializer.extend(constants)
             return []
         nodes = []

@@ -1,14 +1,10 @@
-"""Tensors in data files beside the model: where they are, reading one of them, and what a saved model needs."""
+"""Tensors in data files beside the model: where they are, reading one of them, and referring to another place."""
 
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 import json
 import mmap
-import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -18,18 +14,12 @@ from torch import Tensor
 from wnconvert.carriers.onnx import tensors
 from wnconvert.errors import InputError
 
-INLINE = 1024
-"""Tensors below this many bytes are written into the model itself."""
-
 _REMEMBERED = "wnconvert: the weight is at "
-
-_ALIGNMENT = 4096
-"""Tensors start on a page, so that a runtime can map them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
-    """The part of a data file that holds one tensor."""
+    """The part of a data file that holds one tensor. A location is spelled in one way only."""
 
     path: Path
     location: str
@@ -40,6 +30,12 @@ class Slice:
 def is_external(tensor: TensorProto) -> bool:
     """Whether the data is in another file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def points_at(tensor: TensorProto, location: str) -> bool:
+    """Whether a tensor has its data in this file."""
+    entries = {str(entry.key): str(entry.value) for entry in tensor.external_data}
+    return is_external(tensor) and str(PurePosixPath(entries.get("location", ""))) == location
 
 
 def locate(tensor: TensorProto, folder: Path) -> Slice:
@@ -74,7 +70,16 @@ def locate(tensor: TensorProto, folder: Path) -> Slice:
         raise InputError(
             f"{path}: truncated: {name} needs bytes {offset} to {offset + length}, the file has {size} bytes"
         )
-    return Slice(path, location, offset, length)
+    return Slice(path, str(posix), offset, length)
+
+
+def is_there(tensor: TensorProto, folder: Path) -> bool:
+    """Whether the data of an external tensor can be found."""
+    try:
+        locate(tensor, folder)
+    except InputError:
+        return False
+    return True
 
 
 def read(tensor: TensorProto, folder: Path) -> Tensor:
@@ -90,6 +95,15 @@ def read(tensor: TensorProto, folder: Path) -> Tensor:
     with part.path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), part.offset + part.length - start, access=mmap.ACCESS_COPY, offset=start)
     return tensors.from_bytes(tensor, memoryview(mapped), part.offset - start)
+
+
+def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    """Let a tensor have its data in a data file, and nowhere else."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in {"location": location, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def reference(tensor: TensorProto) -> str:
@@ -113,52 +127,3 @@ def recall(line: str | bytes, tensor: TensorProto) -> TensorProto | None:
     except (ValueError, TypeError):
         return None
     return made
-
-
-def stage(locations: Iterable[str], source: Path, folder: Path) -> None:
-    """Bring the data files of a model into a staging folder, whose own folder is where the model will be.
-
-    A file that already is where it belongs is linked, so that the staged model can be read; others are copied.
-
-    Raises:
-        InputError: another file is in the way.
-    """
-    for location in sorted(set(locations)):
-        origin, final, staged = source / location, folder.parent / location, folder / location
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        if not final.exists():
-            shutil.copyfile(origin, staged)
-        elif final.samefile(origin) or filecmp.cmp(final, origin, shallow=False):
-            staged.symlink_to(final.resolve())
-        else:
-            raise InputError(f"{final}: exists and is not the data of this model; write the result to another folder")
-
-
-class DataFile:
-    """A new data file that tensors are appended to, one by one.
-
-    Its name is that of the model with `.data`, and a number where that is taken.
-    """
-
-    def __init__(self, folder: Path, model: str) -> None:
-        name, count = f"{model}.data", 1
-        while (folder.parent / name).exists() or (folder / name).exists():
-            count += 1
-            name = f"{model}.{count}.data"
-        self._path = folder / name
-
-    def put(self, tensor: TensorProto, data: Tensor) -> None:
-        """Write `data` to the file, or into the tensor itself if it is small, and let the tensor refer to it."""
-        del tensor.external_data[:]
-        if data.numel() * data.element_size() < INLINE:
-            tensor.ClearField("data_location")
-            tensor.raw_data = tensors.to_bytes(data)
-            return
-        with self._path.open("ab") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            offset = file.tell()
-            data.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
-        entries = {"location": self._path.name, "offset": offset, "length": data.numel() * data.element_size()}
-        for key, value in entries.items():
-            tensor.external_data.add(key=key, value=str(value))

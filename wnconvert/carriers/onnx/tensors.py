@@ -19,6 +19,8 @@ FLOATS: dict[int, torch.dtype] = {
 }
 """Types a weight can have."""
 
+_KNOWN = frozenset(TensorProto.DataType.values())
+
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 _TORCH: dict[int, torch.dtype] = FLOATS | {
@@ -36,10 +38,15 @@ _TYPED: dict[int, str] = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "
 
 def dtype_name(tensor: TensorProto) -> str:
     """The dtype as torch and numpy spell it, `float32`."""
-    if tensor.data_type not in TensorProto.DataType.values():
+    if tensor.data_type not in _KNOWN:
         return f"number {tensor.data_type}"
     spelled = str(TensorProto.DataType.Name(tensor.data_type)).lower()
     return _SPELLED.get(spelled, spelled)
+
+
+def torch_name(tensor: TensorProto) -> str | None:
+    """The name of the torch dtype that its elements are read as, or None if torch has none."""
+    return dtype_name(tensor) if tensor.data_type in _TORCH else None
 
 
 def itemsize(tensor: TensorProto) -> int:
@@ -61,7 +68,7 @@ def check(tensor: TensorProto) -> None:
     name = tensor.name or "a constant"
     if any(n < 0 for n in tensor.dims):
         raise InputError(f"{name}: damaged: its shape is {list(tensor.dims)}")
-    if tensor.data_type == TensorProto.UNDEFINED or tensor.data_type not in TensorProto.DataType.values():
+    if tensor.data_type == TensorProto.UNDEFINED or tensor.data_type not in _KNOWN:
         raise InputError(f"{name}: its data type is {dtype_name(tensor)}, which the installed onnx cannot read")
 
 
