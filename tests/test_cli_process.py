@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "transformers", "rich")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "transformers", "numpy", "ml_dtypes", "rich")
 
 
 def start(*arguments: str | Path, **settings: object) -> subprocess.Popen[bytes]:
@@ -55,11 +55,16 @@ def make(path: Path, megabytes: float = 0.01) -> Path:
         (["nonsense"], HEAVY),
         (["inspect", "FILE", "--json"], HEAVY),
         (["inspect", "FILE", "-v"], HEAVY[:-1]),
+        # Its magnitudes are described with numpy.
+        (["inspect", "SPLIT", "--json"], HEAVY[:-3]),
     ],
 )
 def test_heavy_libraries_stay_out(arguments: list[str], light: tuple[str, ...], tmp_path: Path) -> None:
     file = make(tmp_path / "model.safetensors")
-    arguments = [str(file) if word == "FILE" else word for word in arguments]
+    split = tmp_path / "split.safetensors"
+    safetensors.torch.save_file({"a.weight_g": torch.ones(4, 1), "a.weight_v": torch.randn(4, 3)}, split)
+    files = {"FILE": str(file), "SPLIT": str(split)}
+    arguments = [files.get(word, word) for word in arguments]
     code = (
         "import sys; from wnconvert.cli import main; main(sys.argv[1:]); "
         "print([m for m in sys.modules if '.' not in m], file=sys.stderr)"

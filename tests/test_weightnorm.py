@@ -222,6 +222,13 @@ def test_a_norm_that_overflows_half_precision_is_refused() -> None:
     assert reference.same_bits(weightnorm.fold(g, v), w)
 
 
+def test_a_wider_magnitude_is_refused_where_fold_would_not_take_it_back() -> None:
+    w = torch.full((2, 4), 60000.0, dtype=torch.float16)
+
+    with pytest.raises(NotSplittable, match="norm of row 0 overflows float16"):
+        weightnorm.split(w, 0, g_dtype=torch.float32)
+
+
 def test_a_row_too_wide_to_scale_is_refused() -> None:
     w = torch.tensor([[1e38, 1e-38]])
     with pytest.raises(NotSplittable, match="row 0 spans more than the exponent range"):

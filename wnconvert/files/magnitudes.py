@@ -1,17 +1,19 @@
-"""Statistics of magnitudes, for `inspect`. Nothing here imports torch."""
+"""Statistics of magnitudes, for `inspect`. Nothing here imports torch, and numpy only once there is a magnitude."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from wnconvert.report.model import MagnitudeStatistics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def statistics(g: NDArray[Any]) -> MagnitudeStatistics | None:
     """Describe the values of one magnitude tensor, or None if it is empty."""
+    import numpy as np
+
     values = np.asarray(g, dtype=np.float64).reshape(-1)
     if not values.size:
         return None

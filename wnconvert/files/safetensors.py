@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import ml_dtypes
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError
@@ -22,14 +19,14 @@ from wnconvert.walk.arch import walker_for
 from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
-_NUMPY = {name: np.dtype(name) for name in ("float64", "float32", "float16")} | {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16)
-}
+_DESCRIBED = ("float64", "float32", "float16", "bfloat16")
+"""Dtypes whose magnitudes have statistics."""
 
 
 def recognise(path: Path) -> bool:
@@ -101,13 +98,20 @@ def magnitudes(carrier: StateDictCarrier) -> dict[str, MagnitudeStatistics]:
     """Statistics of every magnitude that still is in a file, read with numpy."""
     found = {}
     for name, entry in carrier.magnitudes().items():
-        dtype = _NUMPY.get(entry.dtype)
-        if entry.raw is not None and dtype is not None:
+        if entry.raw is not None and entry.dtype in _DESCRIBED:
             data = MappedFile(entry.raw.path).bytes(entry.raw.start, entry.raw.size)
-            described = statistics(np.frombuffer(data, dtype))
+            described = statistics(_array(data, entry.dtype))
             if described is not None:
                 found[name] = described
     return found
+
+
+def _array(data: bytes, dtype: str) -> NDArray[Any]:
+    # Here and not above: a file of plain weights is listed without numpy, which takes longer to import than the rest.
+    import ml_dtypes
+    import numpy as np
+
+    return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def _load(mapped: MappedFile, tensor: header.Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Random checkpoints there and back, for as long as one likes."""
