@@ -212,10 +212,11 @@ def test_every_verb_under_torchrun(tmp_path: Path) -> None:
         if code in (1, 2, 4):
             assert len(lines) == 1 or arguments[1] == "--nonsense", arguments
     for form in FORMATS:
-        jobs.convert_file(tmp_path / f"{form.format}.in", tmp_path / "whole", Job("apply", overwrite=True))
-        assert contents(tmp_path / f"{form.format}.out") == contents(tmp_path / "whole")
-        jobs.convert_file(tmp_path / "whole", tmp_path / "folded", Job("fold", overwrite=True))
-        assert contents(tmp_path / f"{form.format}.back") == contents(tmp_path / "folded")
+        whole, folded = tmp_path / f"{form.format}.whole", tmp_path / f"{form.format}.folded"
+        jobs.convert_file(tmp_path / f"{form.format}.in", whole, Job("apply"))
+        assert contents(tmp_path / f"{form.format}.out") == contents(whole)
+        jobs.convert_file(whole, folded, Job("fold"))
+        assert contents(tmp_path / f"{form.format}.back") == contents(folded)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
