@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.checkpoints import assert_same_contents
+from tests.sharded import contents, on_ranks
 from wnconvert import compare, files, jobs, weightnorm
 from wnconvert.errors import InputError
 from wnconvert.files import ReadOptions
@@ -164,6 +165,15 @@ def test_tensors_in_several_parts(axis: int, tmp_path: Path) -> None:
     _run("fold", tmp_path / "in", tmp_path / "folded")
     _run("apply", tmp_path / "in", tmp_path / "split")
     _run("fold", tmp_path / "split", tmp_path / "both")
+
+    def together(command: str, source: str, alone: str) -> None:
+        target = tmp_path / f"{alone}.together"
+        on_ranks(2, lambda crew: jobs.convert_file(tmp_path / source, target, Job(command), crew=crew))
+        assert contents(target) == contents(tmp_path / alone)
+
+    together("fold", "in", "folded")
+    together("apply", "in", "split")
+    together("fold", "split", "both")
 
     folded, both = _contents(tmp_path / "folded")["model"], _contents(tmp_path / "both")["model"]
     expected = plain | {

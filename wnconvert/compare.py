@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from wnconvert import files
 from wnconvert.bits import differing_bits, ulp_distance
 from wnconvert.carriers import Carrier
 from wnconvert.errors import NothingToDo
 from wnconvert.files import ReadOptions
+from wnconvert.ranks import ALONE, Ranks, shares
 from wnconvert.report.verdict import Comparison, Difference, Verdict
 from wnconvert.stream.plan import Compare, InFile, Pair, Stored
 from wnconvert.watch import SILENT, Watcher
@@ -20,22 +21,39 @@ from wnconvert.watch import SILENT, Watcher
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Side: TypeAlias = "Callable[[], Tensor]"
 
-def compare_files(a: Path, b: Path, reading: ReadOptions = ReadOptions(), watcher: Watcher = SILENT) -> Verdict:
+
+def compare_files(
+    a: Path, b: Path, reading: ReadOptions = ReadOptions(), watcher: Watcher = SILENT, crew: Ranks = ALONE
+) -> Verdict:
     """Find out whether two files of any formats hold the same function.
 
     Names that differ only by a leading prefix on one side (`generator.`) are matched, and the verdict says so.
+
+    Args:
+        a: a file.
+        b: another.
+        reading: how to open them.
+        watcher: is told how far it is.
+        crew: the processes that all call this. They divide folders of several files; anything else is for rank 0.
 
     Raises:
         InputError: a file cannot be read, or one of its pairs cannot be multiplied back.
         NothingToDo: neither file holds a tensor.
     """
-    watcher.stage("reading")
     # Optimizer state is no part of the function.
     reading = dataclasses.replace(reading, drop_optimizer=True)
-    left, right = files.read(a, reading), files.read(b, reading)
+    if not crew.agreed(lambda: files.recognise(a).folders and files.recognise(b).folders):
+        return crew.first(lambda: _compare_files(a, b, reading, watcher, ALONE))
+    return _compare_files(a, b, reading, watcher, crew)
+
+
+def _compare_files(a: Path, b: Path, reading: ReadOptions, watcher: Watcher, crew: Ranks) -> Verdict:
+    watcher.stage("reading")
+    left, right = crew.agreed(lambda: (files.read(a, reading), files.read(b, reading)))
     watcher.stage("comparing weights")
-    weights = compare_weights(left.carrier, right.carrier, match_prefix=True, watcher=watcher)
+    weights = compare_weights(left.carrier, right.carrier, match_prefix=True, watcher=watcher, crew=crew)
     if not weights.compared and not weights.differing and weights.same_names:
         raise NothingToDo("no weight to compare in either file")
     verdict = Verdict(str(a), str(b), (left.format, right.format), weights)
@@ -50,7 +68,9 @@ def compare_files(a: Path, b: Path, reading: ReadOptions = ReadOptions(), watche
     return verdict
 
 
-def compare_weights(a: Carrier, b: Carrier, *, match_prefix: bool = False, watcher: Watcher = SILENT) -> Comparison:
+def compare_weights(
+    a: Carrier, b: Carrier, *, match_prefix: bool = False, watcher: Watcher = SILENT, crew: Ranks = ALONE
+) -> Comparison:
     """Compare every tensor of two networks, split weights multiplied back, one tensor in memory at a time,
     or a piece of one where both sides lie in files.
 
@@ -59,6 +79,7 @@ def compare_weights(a: Carrier, b: Carrier, *, match_prefix: bool = False, watch
         b: the other.
         match_prefix: take a leading prefix that all names of one side share off them where that makes more match.
         watcher: is shown each tensor.
+        crew: the processes that all call this with the same networks, and each look at some of the tensors.
     """
     left, right = a.effective(), b.effective()
     result = Comparison()
@@ -68,21 +89,25 @@ def compare_weights(a: Carrier, b: Carrier, *, match_prefix: bool = False, watch
     matches = {name: other.pop(name.removeprefix(result.prefixes[0]), None) for name in left}
     result.only_a = [name for name, match in matches.items() if match is None]
     result.only_b = list(other.values())
-    stored = [
-        Compare(name, *sides)
-        for name, match in matches.items()
-        if match is not None and (sides := _in_files(left[name], right[match])) is not None
-    ]
-    streamed = _compare_stored(stored, watcher)
-    for name in watcher.each([name for name in matches if name not in streamed]):
-        match = matches[name]
-        if match is not None:
-            streamed[name] = _compare_loaded(name, left[name](), right[match]())
-    result.compared = len(streamed)
-    found = (streamed[name] for name in matches if name in streamed)
-    result.differing = [difference for difference in found if difference is not None]
-    result.compared -= sum(not difference.comparable for difference in result.differing)
+    pairs = {name: (left[name], right[match]) for name, match in matches.items() if match is not None}
+    sizes = {name: x.size() if isinstance(x, InFile) else 0 for name, (x, _) in pairs.items()}
+    mine = set(shares(sizes, crew.count)[crew.rank])
+    share = {name: sides for name, sides in pairs.items() if name in mine}
+    compared: dict[str, Difference | None] = {}
+    for found in crew.together(lambda: _compare_each(share, watcher)):
+        compared |= found
+    result.differing = [difference for name in pairs if (difference := compared[name]) is not None]
+    result.compared = len(compared) - sum(not difference.comparable for difference in result.differing)
     return result
+
+
+def _compare_each(pairs: Mapping[str, tuple[_Side, _Side]], watcher: Watcher) -> dict[str, Difference | None]:
+    stored = [Compare(name, *found) for name, sides in pairs.items() if (found := _in_files(*sides)) is not None]
+    compared = _compare_stored(stored, watcher)
+    for name in watcher.each([name for name in pairs if name not in compared]):
+        x, y = pairs[name]
+        compared[name] = _compare_loaded(name, x(), y())
+    return compared
 
 
 def _in_files(a: object, b: object) -> tuple[Stored | Pair, Stored | Pair] | None:

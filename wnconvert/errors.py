@@ -18,6 +18,10 @@ class InputError(WnconvertError):
     """The input is damaged, of an unknown format, or cannot be written back."""
 
 
+class RankDied(InputError):
+    """Another process that works on the same command is gone."""
+
+
 class UsageError(WnconvertError):
     """The request itself makes no sense for this input (a pattern that matches nothing, an unknown axis)."""
 
@@ -46,3 +50,13 @@ class NotSplittable(WnconvertError):
 
 class PairError(InputError):
     """`g` and `v` do not describe a weight (shapes, dtypes, NaN, a zero direction with g != 0)."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a line to an exception, as its method of that name does from Python 3.11 on."""
+    error.__dict__.setdefault("__notes__", []).append(text)
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """The lines that were added to an exception."""
+    return list(error.__dict__.get("__notes__", []))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from wnconvert import compare, convert, files, ranks
+from wnconvert import compare, convert, files
 from wnconvert.errors import InputError, NothingToDo, PairError, UsageError, VerificationError
 from wnconvert.files import Document, ReadOptions
-from wnconvert.files.staging import Staging, partial_folder
-from wnconvert.ranks import Ranks
+from wnconvert.files.staging import Staging
+from wnconvert.ranks import ALONE, Ranks
 from wnconvert.report.model import Report
 from wnconvert.sites import Dim, Scheme, Selection
 from wnconvert.watch import SILENT, Watcher
@@ -59,7 +59,7 @@ def default_output(path: Path, command: str) -> Path:
     return path.with_name(f"{name.removesuffix(tail)}.{SUFFIX[command]}{tail}")
 
 
-def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = SILENT) -> Report:
+def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = SILENT, crew: Ranks = ALONE) -> Report:
     """Convert a file. The output appears complete and checked, or not at all; the input is never written to.
 
     Args:
@@ -67,33 +67,31 @@ def convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher = S
         output: the result, or a folder to put it in under its default name. None for that name beside the input.
         job: what to do.
         watcher: is told how far it is.
+        crew: the processes that all call this, and divide the work.
 
     Raises:
         InputError: the input cannot be read, or the output cannot be written.
-        UsageError: the output is the input, or exists and may not be replaced; a pattern matches nothing.
+        UsageError: the output is the input, or exists and may not be replaced; a pattern matches nothing; several
+            processes are to convert what cannot be divided.
         NothingToDo: nothing was converted.
         VerificationError: the result differs from what it must be. Nothing was written.
+        RankDied: another process is gone.
     """
     if job.command not in SUFFIX:
         raise UsageError(f"no such command: {job.command}; there are {', '.join(SUFFIX)}")
-    with ranks.joined() as crew:
-        return _convert_file(path, output, job, watcher, crew)
+    if job.dry_run:
+        return crew.first(lambda: _convert_file(path, output, job, watcher, ALONE))
+    return _convert_file(path, output, job, watcher, crew)
 
 
 def _convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher, crew: Ranks) -> Report:
-    target = _target(path, output, job.command)
-    if job.command == "apply":
-        _require_carriable(path, output, target)
-    if not job.dry_run:
-        _require_free(path, target, job.command, overwrite=job.overwrite)
-    watcher.stage("reading")
-    document = files.read(path, job.reading)
+    target, document = crew.agreed(lambda: _open(path, output, job, watcher, crew))
     try:
-        report = _run(document, job, watcher)
+        report = crew.agreed(lambda: _run(document, job, watcher))
         _describe(report, path, document)
         if not job.dry_run:
             report.output = str(target)
-            _write_together(path, target, document, job, watcher=watcher, report=report, crew=crew)
+            _write(path, target, document, job, watcher=watcher, report=report, crew=crew)
     except NothingToDo as nothing:
         if nothing.report is not None:
             _describe(nothing.report, path, document)
@@ -104,43 +102,36 @@ def _convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher, c
     return report
 
 
-def _write_together(
-    path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report, crew: Ranks
-) -> None:
-    """Rank 0 writes, with the help of the others where the format allows it, and gives the result its name."""
-    if isinstance(document, files.Shared):
-        document.join(crew)
-    if crew.rank == 0:
-        _write(path, target, document, job, watcher=watcher, report=report, crew=crew)
-    else:
-        crew.together(_nothing)
-        if isinstance(document, files.Shared):
-            document.save(partial_folder(target), target.name)
-            convert.settle(report, document.carrier)
-
-
-def _nothing() -> None:
-    """What a rank does that only waits."""
+def _open(path: Path, output: Path | None, job: Job, watcher: Watcher, crew: Ranks) -> tuple[Path, Document]:
+    target = _target(path, output, job.command)
+    if crew.count > 1 and not files.recognise(path).folders:
+        raise UsageError(f"{path}: one file is not divided among {crew.count} processes; run it without torchrun")
+    if job.command == "apply":
+        _require_carriable(path, output, target)
+    if not job.dry_run:
+        _require_free(path, target, job.command, overwrite=job.overwrite)
+    watcher.stage("reading")
+    return target, files.read(path, job.reading)
 
 
 def _write(
     path: Path, target: Path, document: Document, job: Job, *, watcher: Watcher, report: Report, crew: Ranks
 ) -> None:
-    resumable = isinstance(document, files.Watched) and document.resumable
-    if job.resume and not resumable:
-        raise UsageError(f"{path}: --resume is for folders of safetensors shards")
-    with Staging(target, partial=resumable, resume=job.resume) as staging:
-        # The staging folder is there for all.
-        crew.together(_nothing)
+    shared = isinstance(document, files.Shared)
+    if job.resume and not shared:
+        raise UsageError(f"{path}: --resume is for folders of several files")
+    with Staging(target, partial=shared, resume=job.resume, crew=crew) as staging:
         watcher.stage("writing")
         if isinstance(document, files.Watched):
             document.watch(watcher)
+        if isinstance(document, files.Shared):
+            document.join(crew)
         document.save(staging.folder, target.name)
         convert.settle(report, document.carrier)
         report.files = staging.sizes()
         _require_companions_free(staging, job.overwrite)
         if job.check:
-            _check(path, staging.folder / target.name, job, report, watcher)
+            _check(path, staging.folder / target.name, job, watcher=watcher, report=report, crew=crew)
         staging.commit()
 
 
@@ -162,11 +153,11 @@ def _describe(report: Report, path: Path, document: Document) -> None:
     report.notes += document.notes
 
 
-def _check(path: Path, result: Path, job: Job, report: Report, watcher: Watcher) -> None:
+def _check(path: Path, result: Path, job: Job, *, watcher: Watcher, report: Report, crew: Ranks) -> None:
     watcher.stage("checking weights")
     # Both are read afresh: what was converted in memory proves nothing about what a reader of the file will see.
-    before, after = files.read(path, job.reading), files.read(result, job.reading)
-    comparison = compare.compare_weights(before.carrier, after.carrier, watcher=watcher)
+    before, after = crew.agreed(lambda: (files.read(path, job.reading), files.read(result, job.reading)))
+    comparison = compare.compare_weights(before.carrier, after.carrier, watcher=watcher, crew=crew)
     report.weights_verified, report.tensors_verified = comparison.identical, comparison.compared
     if not comparison.identical:
         raise VerificationError(f"{path}: the result is not the same function: {comparison.first_difference}")

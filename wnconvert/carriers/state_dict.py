@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -53,6 +55,19 @@ class KeyWalker:
         return keys.find(weights)
 
 
+class Slots(Protocol):
+    """What whoever writes a file needs to know of a carrier, or of the part of it that goes into that file."""
+
+    def entries(self) -> Iterator[Entry]:
+        """See `StateDictCarrier.entries`."""
+
+    def slots(self) -> list[list[Entry]]:
+        """See `StateDictCarrier.slots`."""
+
+    def settle(self, name: str, outcome: RowCounts | str) -> None:
+        """See `StateDictCarrier.settle`."""
+
+
 class StateDictCarrier:
     """Entries of a checkpoint. A pair stands where its weight stood, a weight where the first of its pair stood."""
 
@@ -91,6 +106,11 @@ class StateDictCarrier:
     def slots(self) -> list[list[Entry]]:
         """For each entry of the input, in its order, what stands there now."""
         return self._slots
+
+    def portions(self, counts: Iterable[int]) -> list[Portion]:
+        """The carrier in parts, each of so many entries of the input, in their order."""
+        ends = list(itertools.accumulate(counts))
+        return [Portion(self, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
     def sites(self, dim: Dim) -> list[Site]:
         """See `Carrier.sites`."""
@@ -232,6 +252,28 @@ class StateDictCarrier:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Portion:
+    """The entries of a carrier that lie in one file. See `Slots`."""
+
+    _carrier: StateDictCarrier
+    _start: int
+    _stop: int
+
+    def entries(self) -> Iterator[Entry]:
+        """See `Slots.entries`."""
+        for slot in self.slots():
+            yield from slot
+
+    def slots(self) -> list[list[Entry]]:
+        """See `Slots.slots`."""
+        return self._carrier.slots()[self._start : self._stop]
+
+    def settle(self, name: str, outcome: RowCounts | str) -> None:
+        """See `Slots.settle`."""
+        self._carrier.settle(name, outcome)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Fold(InFile):
     name: str
     g: Entry
@@ -241,6 +283,10 @@ class _Fold(InFile):
         """See `InFile.source`."""
         g, v = self.g.stored, self.v.stored
         return None if g is None or v is None else Pair(self.name, g, v)
+
+    def size(self) -> int:
+        """See `InFile.size`."""
+        return _size(self.v)
 
     def __call__(self) -> Tensor:
         # Here and not above: listing a checkpoint must not import torch.
@@ -257,6 +303,10 @@ class _Plain(InFile):
         """See `InFile.source`."""
         return self.entry.stored
 
+    def size(self) -> int:
+        """See `InFile.size`."""
+        return _size(self.entry)
+
     def __call__(self) -> Tensor:
         return self.entry.load()
 
@@ -271,6 +321,11 @@ class _Split:
 
         g, v = weightnorm.split(self.weight(), self.site.axis, groups=self.site.groups, name=self.site.name)
         return g if part == "g" else v
+
+
+def _size(entry: Entry) -> int:
+    # Elements do, where the bytes are not known without torch: this is for dealing out work.
+    return entry.raw.size if entry.raw else math.prod(entry.shape)
 
 
 def _spelled(site: Site) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import warnings
@@ -11,13 +12,15 @@ from types import FrameType
 
 import click
 
-from wnconvert import __version__
+from wnconvert import __version__, ranks
 from wnconvert.cli.apply import apply
 from wnconvert.cli.fold import fold
 from wnconvert.cli.inspect import inspect
 from wnconvert.cli.outcome import INTERRUPTED, json_of_error
 from wnconvert.cli.rename import rename
 from wnconvert.cli.verify import verify
+from wnconvert.errors import InputError
+from wnconvert.ranks import Ranks
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,14 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     _clean_up_when_told_to_stop()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(group.main(arguments, prog_name="wnconvert", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        if "--json" in arguments:
-            click.echo(json_of_error(error.format_message(), error.exit_code))
+        with ranks.joined() as crew:
+            return _main(arguments, crew)
+    except InputError as error:
+        click.echo(f"wnconvert: {error}", err=True)
         return error.exit_code
-    except click.Abort:
-        return INTERRUPTED
+
+
+def _main(arguments: list[str], crew: Ranks) -> int:
+    with contextlib.ExitStack() as stack:
+        if crew.rank:
+            # Rank 0 prints, also what click does by itself.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        try:
+            return int(group.main(arguments, prog_name="wnconvert", standalone_mode=False, obj=crew) or 0)
+        except click.ClickException as error:
+            if crew.rank == 0:
+                error.show()
+                if "--json" in arguments:
+                    click.echo(json_of_error(error.format_message(), error.exit_code))
+            return error.exit_code
+        except click.Abort:
+            return INTERRUPTED
 
 
 def _clean_up_when_told_to_stop() -> None:

@@ -10,6 +10,7 @@ import click
 from wnconvert.cli import options
 from wnconvert.cli.conversion import convert
 from wnconvert.cli.outcome import Outcome, printed
+from wnconvert.ranks import Ranks
 from wnconvert.sites import Scheme
 
 
@@ -22,7 +23,7 @@ from wnconvert.sites import Scheme
 @options.arch
 @options.reporting
 @printed
-def apply(model: Path, dim: Any, names: Scheme, **given: Any) -> Outcome:
+def apply(model: Path, dim: Any, names: Scheme, crew: Ranks, **given: Any) -> Outcome:
     """Split each Linear, convolution, recurrent and attention weight w of MODEL into g and v, w = g * v/||v||.
 
     The function stays the same, and fold gives every weight back bit for bit. In a checkpoint without model code, the
@@ -33,4 +34,4 @@ def apply(model: Path, dim: Any, names: Scheme, **given: Any) -> Outcome:
       wnconvert apply model.safetensors --dry-run
       wnconvert apply model.pt --include 'encoder.*' --kind 'Conv*' -o split.pt
     """
-    return convert("apply", model, given, dim=options.dim_of(dim), names=names)
+    return convert("apply", model, given, crew, dim=options.dim_of(dim), names=names)

@@ -7,14 +7,15 @@ from typing import Any
 
 from wnconvert.cli import options
 from wnconvert.cli.outcome import Outcome, of_report, watching
+from wnconvert.ranks import Ranks
 from wnconvert.sites import Dim, Scheme
 
 
 def convert(
-    command: str, model: Path, given: dict[str, Any], *, dim: Dim = "torch", names: Scheme = "legacy"
+    command: str, model: Path, given: dict[str, Any], crew: Ranks, *, dim: Dim = "torch", names: Scheme = "legacy"
 ) -> Outcome:
     """Convert a file as the options say."""
-    with watching(given["quiet"]) as watcher:
+    with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
         from wnconvert import jobs
 
@@ -29,5 +30,5 @@ def convert(
             check=not given["no_verify"],
             resume=given["resume"],
         )
-        report = jobs.convert_file(model, given["output"], job, watcher)
+        report = jobs.convert_file(model, given["output"], job, watcher, crew)
     return of_report(report, verbose=given["verbose"], dry_run=given["dry_run"])

@@ -10,6 +10,7 @@ import click
 from wnconvert.cli import options
 from wnconvert.cli.conversion import convert
 from wnconvert.cli.outcome import Outcome, printed
+from wnconvert.ranks import Ranks
 
 
 @click.command(short_help="Multiply magnitude and direction back into plain weights.")
@@ -18,7 +19,7 @@ from wnconvert.cli.outcome import Outcome, printed
 @options.selecting
 @options.reporting
 @printed
-def fold(model: Path, **given: Any) -> Outcome:
+def fold(model: Path, crew: Ranks, **given: Any) -> Outcome:
     """Multiply every split weight of MODEL back into a plain weight, each value rounded once.
 
     Only the file is needed, no model code. Both spellings of torch are recognised: weight_g and weight_v, and
@@ -29,4 +30,4 @@ def fold(model: Path, **given: Any) -> Outcome:
       wnconvert fold generator.pth.tar
       wnconvert fold checkpoint.pt -o plain.pt --optimizer drop
     """
-    return convert("fold", model, given)
+    return convert("fold", model, given, crew)

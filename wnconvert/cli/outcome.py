@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wnconvert import __version__
-from wnconvert.errors import NothingToDo, WnconvertError
-from wnconvert.ranks import rank_of
+from wnconvert.errors import NothingToDo, RankDied, WnconvertError, notes_of
+from wnconvert.ranks import ALONE, Ranks
 from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
@@ -57,17 +57,21 @@ def printed(verb: Callable[..., Outcome]) -> Callable[..., int]:
             return _run(verb, given)
         except BrokenPipeError:
             return _abandon_stdout(BROKEN_PIPE)
-        except KeyboardInterrupt:
-            click.echo("wnconvert: interrupted", err=True)
-            return INTERRUPTED
+        except KeyboardInterrupt as error:
+            return _say("".join(["interrupted", *notes_of(error)]), INTERRUPTED, last=True)
+        except SystemExit as error:
+            # A signal, see `cli.main`. It leaves nothing to be said but that there is a way to go on.
+            for note in notes_of(error):
+                _say(f"stopped{note}", 1, last=True)
+            raise
 
     return run
 
 
 @contextlib.contextmanager
-def watching(quiet: bool) -> Iterator[Watcher]:
-    """Show a person at a terminal how far the work is."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+def watching(quiet: bool, crew: Ranks = ALONE) -> Iterator[Watcher]:
+    """Show a person at a terminal how far the work is, or how far rank 0 is."""
+    if quiet or crew.rank or sys.stderr is None or not sys.stderr.isatty():
         yield SILENT
         return
     from rich.console import Console
@@ -97,14 +101,15 @@ def of_report(report: Report, *, verbose: bool, dry_run: bool = False) -> Outcom
 def _run(verb: Callable[..., Outcome], given: dict[str, Any]) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            outcome = verb(**given)
+            outcome = verb(**given, crew=_crew())
     except NothingToDo as nothing:
         return _nothing(nothing, given)
     except (WnconvertError, OSError, MemoryError, RuntimeError) as error:
         message = _message(error)
         if message is None:
             raise
-        return _fail(message, error.exit_code if isinstance(error, WnconvertError) else 1, given)
+        code = error.exit_code if isinstance(error, WnconvertError) else 1
+        return _fail(message, code, given, last=isinstance(error, RankDied))
     try:
         _show(given, outcome.json, outcome.draw)
     except BrokenPipeError:
@@ -135,34 +140,34 @@ def _nothing(nothing: NothingToDo, given: dict[str, Any]) -> int:
     return _say(str(nothing), nothing.exit_code)
 
 
-def _fail(message: str, code: int, given: dict[str, Any]) -> int:
+def _fail(message: str, code: int, given: dict[str, Any], *, last: bool = False) -> int:
     context = click.get_current_context()
     files = [str(value) for name in ("model", "a", "b") if (value := given.get(name)) is not None]
     asked = {"tool": "wnconvert", "version": __version__, "command": context.info_name}
     which = {"input": files[0]} if len(files) == 1 else dict(zip("ab", files, strict=False))
     _show(given, {**asked, **which, **_error(message, code)}, None)
-    return _say(message, code)
+    return _say(message, code, last=last)
 
 
 def _error(message: str, code: int) -> dict[str, Any]:
     return {"error": message, "exit_code": code}
 
 
-def _say(message: str, code: int) -> int:
+def _say(message: str, code: int, *, last: bool = False) -> int:
     from wnconvert.report.text import safe
 
-    if not _is_helper():
+    if _crew().speaks(last=last):
         click.echo(f"wnconvert: {safe(message)}", err=True)
     return code
 
 
-def _is_helper() -> bool:
-    """Whether another process speaks for this one."""
-    return (rank_of() or 0) > 0
+def _crew() -> Ranks:
+    """The processes that run this command, as `cli.main` found them."""
+    return click.get_current_context().find_object(Ranks) or ALONE
 
 
 def _show(given: dict[str, Any], data: dict[str, Any], draw: Callable[[int, bool], str] | None) -> None:
-    if _is_helper():
+    if _crew().rank:
         return
     if given["as_json"]:
         _write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")

@@ -10,6 +10,7 @@ import click
 from wnconvert.cli import options
 from wnconvert.cli.conversion import convert
 from wnconvert.cli.outcome import Outcome, printed
+from wnconvert.ranks import Ranks
 from wnconvert.sites import Scheme
 
 
@@ -20,11 +21,11 @@ from wnconvert.sites import Scheme
 @options.selecting
 @options.reporting
 @printed
-def rename(model: Path, names: Scheme, **given: Any) -> Outcome:
+def rename(model: Path, names: Scheme, crew: Ranks, **given: Any) -> Outcome:
     """Rename the keys of every split weight of MODEL between torch's two spellings. No value changes.
 
     \b
     Example:
       wnconvert rename model.pt --to parametrized
     """
-    return convert("rename", model, given, names=names)
+    return convert("rename", model, given, crew, names=names)

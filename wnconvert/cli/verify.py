@@ -10,6 +10,7 @@ import click
 from wnconvert.cli import options
 from wnconvert.cli.outcome import Outcome, printed, watching
 from wnconvert.errors import VerificationError
+from wnconvert.ranks import Ranks
 
 
 @click.command(short_help="Tell whether two files are the same function.")
@@ -17,7 +18,7 @@ from wnconvert.errors import VerificationError
 @options.file_argument("b", "B")
 @options.reporting
 @printed
-def verify(a: Path, b: Path, **given: Any) -> Outcome:
+def verify(a: Path, b: Path, crew: Ranks, **given: Any) -> Outcome:
     """Tell whether A and B are the same function: by weights, split ones multiplied back, and by outputs on random
     inputs where both can be run.
 
@@ -29,11 +30,11 @@ def verify(a: Path, b: Path, **given: Any) -> Outcome:
     Example:
       wnconvert verify generator.pth.tar generator.folded.pth.tar
     """
-    with watching(given["quiet"]) as watcher:
+    with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
         from wnconvert.compare import compare_files
 
-        verdict = compare_files(a, b, options.read_options(given), watcher)
+        verdict = compare_files(a, b, options.read_options(given), watcher, crew)
 
     def draw(width: int, color: bool) -> str:
         from wnconvert.report.verdict_text import verdict_text

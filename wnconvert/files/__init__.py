@@ -63,13 +63,7 @@ class Document(Protocol):
 
 @runtime_checkable
 class Watched(Protocol):
-    """A document whose saving takes long enough to be followed.
-
-    Attributes:
-        resumable: it notes what is done in the staging folder, so that a later run can go on from there.
-    """
-
-    resumable: bool
+    """A document whose saving takes long enough to be followed."""
 
     def watch(self, watcher: Watcher) -> None:
         """Tell `watcher` from now on how far saving is."""
@@ -77,9 +71,12 @@ class Watched(Protocol):
 
 @runtime_checkable
 class Shared(Protocol):
-    """A document that several processes can save together. Every one of them calls `save`."""
+    """A document of several files, which several processes can save together. Every one of them calls `save`.
 
-    def join(self, ranks: Ranks) -> None:
+    Finished files are noted in the staging folder, so that a later run can go on from there. See `files.parts`.
+    """
+
+    def join(self, crew: Ranks) -> None:
         """Save only the share of this rank from now on; rank 0 also what there is only one of."""
 
 
@@ -92,7 +89,7 @@ class Format:
         suffixes: of the file names it is usually found under.
         module: has `recognise(path) -> bool`, which reads at most a few kilobytes, and
             `read(path, options) -> Document`.
-        folders: a folder can be of this format.
+        folders: it is a folder of several files, and its documents are `Shared`.
         splits_into: names of the formats that `apply` writes instead, because this one cannot carry a pair.
     """
 

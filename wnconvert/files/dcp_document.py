@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from wnconvert.carriers.state_dict import StateDictCarrier
-from wnconvert.errors import InputError, UsageError
-from wnconvert.files import dcp_metadata, dcp_save, tree
+from wnconvert.errors import InputError
+from wnconvert.files import dcp_metadata, dcp_save, parts, tree
 from wnconvert.files import index as indices
 from wnconvert.files.dcp_items import Items
-from wnconvert.files.dcp_save import Input
+from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
+from wnconvert.files.finished import Written, mark_of, mark_of_inputs
 from wnconvert.files.magnitudes import statistics
+from wnconvert.files.parts import Part
+from wnconvert.ranks import ALONE, Ranks
+from wnconvert.sites import RowCounts
 from wnconvert.walk.arch import walker_for
 from wnconvert.watch import SILENT, Watcher
 
@@ -63,6 +67,7 @@ class DcpDocument:
         )
         self.notes = list(self._notes())
         self._watcher = SILENT
+        self._crew = ALONE
 
     def has_weights(self) -> bool:
         """Whether it holds anything but optimizer state."""
@@ -81,29 +86,61 @@ class DcpDocument:
         """Every tensor of its networks by its flat name."""
         return {entry.name: entry.load() for entry in self.carrier.entries()}
 
+    def join(self, crew: Ranks) -> None:
+        """See `Shared.join`."""
+        self._crew = crew
+
     def watch(self, watcher: Watcher) -> None:
         """See `Watched.watch`."""
         self._watcher = watcher
 
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`. Files that do not belong to the checkpoint are copied."""
-        if folder.resolve().is_relative_to(self._folder.resolve()):
-            raise UsageError(f"{self._folder}: the output would lie inside the input; choose another -o")
+        indices.require_outside(folder, self._folder)
         target = folder / name
-        target.mkdir()
-        source = Input(self._metadata, self._items, self._weights, frozenset(self._dropped), self._paths)
-        indices.copy_others(self._folder, target, self._items.files() | {dcp_metadata.NAME})
-        problems = True
-        while problems:
-            # Which weights can be split shows when their values are read: once more where one could not.
-            outcomes = dcp_save.save(target, source, self.carrier.slots(), self._watcher)
-            for site, outcome in outcomes.items():
-                self.carrier.settle(site, outcome)
-            problems = any(isinstance(outcome, str) for outcome in outcomes.values())
+        target.mkdir(exist_ok=True)
+        plan = self._plan()
+        inputs = mark_of_inputs(self._folder / name for name in (dcp_metadata.NAME, *sorted(self._items.files())))
+        todo = {
+            file: Part(
+                target / file,
+                (self._folder / file).stat().st_size,
+                functools.partial(_mark, records, inputs),
+                functools.partial(self._write, target / file, file, records),
+            )
+            for file, records in plan.files.items()
+        }
+        written = parts.write(folder, todo, self._crew)
+        for of_file in written.values():
+            self._settle(of_file.outcomes)
+        self._crew.first(lambda: self._finish(target, {file: of_file.places for file, of_file in written.items()}))
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
+
+    def _plan(self) -> Plan:
+        source = Input(self._metadata, self._items, self._weights, frozenset(self._dropped), self._paths)
+        return Plan(source, self.carrier.slots())
+
+    def _write(self, path: Path, file: str, records: Sequence[Record]) -> Written:
+        settled: dict[str, RowCounts | str] = {}
+        while True:
+            outcomes, places = dcp_save.write(path, records, self._watcher)
+            self._settle(outcomes)
+            settled |= outcomes
+            if not any(isinstance(outcome, str) for outcome in outcomes.values()):
+                return Written(settled, places)
+            # Which weights can be split shows when their values are read: once more where one could not.
+            records = self._plan().files[file]
+
+    def _settle(self, outcomes: Mapping[str, RowCounts | str]) -> None:
+        for site, outcome in outcomes.items():
+            self.carrier.settle(site, outcome)
+
+    def _finish(self, target: Path, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+        indices.copy_others(self._folder, target, self._items.files() | {dcp_metadata.NAME})
+        dcp_save.describe(target, self._plan(), places)
 
     def _entries(self) -> Iterator[Entry]:
         for name, described in self._metadata.state_dict_metadata.items():
@@ -132,6 +169,10 @@ class DcpDocument:
                 f"optimizer state at {where} is kept but refers to parameters that changed; "
                 "--optimizer drop leaves it out"
             )
+
+
+def _mark(records: Sequence[Record], inputs: int) -> str:
+    return mark_of(inputs, (record.described() for record in records))
 
 
 def _paths(metadata: Metadata) -> dict[str, Path_]:

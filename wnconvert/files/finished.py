@@ -1,7 +1,8 @@
-"""Which shards of an interrupted conversion are done, so that the next run can go on from there."""
+"""Which parts of an interrupted conversion are done, so that the next run can go on from there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zlib
@@ -9,25 +10,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wnconvert import __version__
 from wnconvert.errors import InputError
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.entries import Entry
 from wnconvert.files.staging import FINISHED
 from wnconvert.sites import RowCounts
-from wnconvert.stream.plan import Copy, Fold, Split, Task
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+    """What there is to say about one finished file.
+
+    Attributes:
+        outcomes: what the splits in it came to, by the name of the weight.
+        places: `(start, size)` of what is in it, where its format needs that.
+    """
+
+    outcomes: Mapping[str, RowCounts | str]
+    places: Sequence[tuple[int, int]] = ()
 
 
 class Finished:
-    """One small file per finished shard, in the staging folder beside what it will become."""
+    """One small note per finished file, in the staging folder beside what it will become."""
 
     def __init__(self, folder: Path) -> None:
         """Take the staging folder."""
         self._folder = folder / FINISHED
 
-    def find(self, shard: Path, name: str, mark: str) -> Mapping[str, RowCounts | str] | None:
-        """What the splits in a shard came to, if an earlier run finished it, or None if it did not.
+    def find(self, path: Path, name: str, mark: str) -> Written | None:
+        """What was said about a file, if an earlier run finished it, or None if it did not.
 
         Args:
-            shard: the file.
+            path: the file.
             name: under which it was added.
             mark: see `mark_of`.
 
@@ -44,25 +58,27 @@ class Finished:
             raise InputError(
                 f"{self._folder.parent}: was begun with other options or another input; run again without --resume"
             )
-        size = shard.stat().st_size if shard.is_file() else -1
-        if size != noted["size"] or engine.checksum(shard) != noted["crc"]:
+        size = path.stat().st_size if path.is_file() else -1
+        if size != noted["size"] or engine.checksum(path) != noted["crc"]:
             return None
-        return {
+        outcomes = {
             key: outcome if isinstance(outcome, str) else RowCounts(*outcome)
             for key, outcome in noted["outcomes"].items()
         }
+        return Written(outcomes, [(start, size) for start, size in noted["places"]])
 
-    def add(self, shard: Path, name: str, mark: str, outcomes: Mapping[str, RowCounts | str]) -> None:
-        """Note that a shard is complete and on the disk."""
+    def add(self, path: Path, name: str, mark: str, written: Written) -> None:
+        """Note that a file is complete and on the disk."""
         from wnconvert.stream import engine
 
-        with shard.open("rb") as file:
+        with path.open("rb") as file:
             os.fsync(file.fileno())
         noted = {
             "mark": mark,
-            "size": shard.stat().st_size,
-            "crc": engine.checksum(shard),
-            "outcomes": dict(outcomes),
+            "size": path.stat().st_size,
+            "crc": engine.checksum(path),
+            "outcomes": dict(written.outcomes),
+            "places": list(written.places),
         }
         note = self._note(name)
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -74,27 +90,35 @@ class Finished:
         return self._folder / f"{name}.json"
 
 
-def mark_of(tasks: Sequence[Task]) -> str:
-    """The same for two plans of one shard exactly if they make the same file of the same inputs."""
-    mark = 0
-    times: dict[Path, int] = {}
-    for task in tasks:
-        for path in _inputs(task):
-            if path not in times:
-                times[path] = path.stat().st_mtime_ns
-                mark = zlib.crc32(f"{path} {times[path]} {path.stat().st_size}".encode(), mark)
-        mark = zlib.crc32(repr(task).encode(), mark)
+def mark_of_inputs(inputs: Iterable[Path]) -> int:
+    """The same for files that are the same by name, size and time of change.
+
+    Raises:
+        InputError: one is gone.
+    """
+    mark = zlib.crc32(__version__.encode())
+    for path in inputs:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        mark = zlib.crc32(f"{path} {status.st_mtime_ns} {status.st_size}".encode(), mark)
+    return mark
+
+
+def mark_of(inputs: int, content: Iterable[object]) -> str:
+    """The same for two plans of one file exactly if they make the same of the same inputs.
+
+    Args:
+        inputs: see `mark_of_inputs`.
+        content: what goes into the file, in order, all that matters in its `repr`.
+    """
+    mark = inputs
+    for item in content:
+        mark = zlib.crc32(repr(item).encode(), mark)
     return f"{mark:08x}"
 
 
-def _inputs(task: Task) -> Iterable[Path]:
-    if isinstance(task, Copy):
-        return (task.source.path,)
-    read: tuple[Raw | Inline, ...]
-    if isinstance(task, Fold):
-        read = (task.pair.g.raw, task.pair.v.raw)
-    elif isinstance(task, Split):
-        read = (task.weight.raw,)
-    else:
-        read = ()
-    return (raw.path for raw in read if isinstance(raw, Raw))
+def described(entry: Entry) -> tuple[object, ...]:
+    """What a tensor is made of, for `mark_of`."""
+    return entry.name, entry.dtype, entry.shape, entry.requires_grad, entry.raw, entry.made

@@ -10,8 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, UsageError
 from wnconvert.files.entries import Entry
+
+
+def recognise(path: Path, suffix: str) -> bool:
+    """Whether this is an index, or a folder that holds one."""
+    return path.name.endswith(suffix) if path.is_file() else any(path.glob(f"*{suffix}"))
 
 
 def find(path: Path, suffix: str) -> Path:
@@ -108,6 +113,21 @@ def rewritten(
         new["metadata"] = metadata | {key: value for key, value in totals.items() if key in metadata}
     new["weight_map"] = {entry.name: shard_of(entry) for entry in listed}
     return new
+
+
+def write(path: Path, index: Mapping[str, Any]) -> None:
+    """Write an index as transformers does."""
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_outside(staging: Path, folder: Path) -> None:
+    """Check that a result is not built inside its input.
+
+    Raises:
+        UsageError: it is.
+    """
+    if staging.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{folder}: the output would lie inside the input; choose another -o")
 
 
 def copy_others(folder: Path, target: Path, ours: Collection[str]) -> None:

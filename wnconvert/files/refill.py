@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.carriers.state_dict import Slots
 from wnconvert.files.entries import Entry
 from wnconvert.files.tree import Tree, memory_of
 
@@ -39,7 +39,7 @@ class InMemory:
 
 
 @contextlib.contextmanager
-def refilled(tree: Tree, carrier: StateDictCarrier, maker: Maker) -> Iterator[None]:
+def refilled(tree: Tree, carrier: Slots, maker: Maker) -> Iterator[None]:
     """For as long as the context lasts, the dicts of a checkpoint hold what its carrier holds now."""
     before = {home: list(holder.items()) for home, holder in tree.holders.items()}
     refill(tree, carrier, maker)
@@ -50,7 +50,7 @@ def refilled(tree: Tree, carrier: StateDictCarrier, maker: Maker) -> Iterator[No
             _set_items(holder, before[home])
 
 
-def refill(tree: Tree, carrier: StateDictCarrier, maker: Maker | None = None) -> None:
+def refill(tree: Tree, carrier: Slots, maker: Maker | None = None) -> None:
     """Make the dicts of a checkpoint hold what its carrier holds now."""
     value_of = _Values(tree.entries, carrier, maker or InMemory())
     now = {(entry.home, entry.key): slot for entry, slot in zip(tree.entries, carrier.slots(), strict=True)}
@@ -74,7 +74,7 @@ def _set_items(holder: dict[Any, Any], items: _Items) -> None:
 class _Values:
     """Gives the tensor of an entry. Names that share a tensor are given the same object."""
 
-    def __init__(self, before: list[Entry], carrier: StateDictCarrier, maker: Maker) -> None:
+    def __init__(self, before: list[Entry], carrier: Slots, maker: Maker) -> None:
         self._maker = maker
         self._made: dict[tuple[Hashable, bool | None], Tensor] = {}
         self._new: dict[Hashable, Tensor] = {}

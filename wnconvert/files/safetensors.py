@@ -52,7 +52,6 @@ class SafetensorsDocument:
     """One open file. See `Document`."""
 
     format = "safetensors"
-    resumable = False
 
     def __init__(self, carrier: StateDictCarrier, metadata: Mapping[str, str] | None) -> None:
         self.notes: list[str] = []

@@ -8,10 +8,24 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from wnconvert.errors import InputError, VerificationError
+from wnconvert.errors import (
+    InputError,
+    NothingToDo,
+    PairError,
+    RankDied,
+    VerificationError,
+    WnconvertError,
+    add_note,
+)
+from wnconvert.files import lock
+from wnconvert.files.lock import Lock
+from wnconvert.ranks import ALONE, Ranks
 
 FINISHED = ".finished"
 """In a staging folder: notes on the parts of the output that are complete."""
+
+_FOR_GOOD = (VerificationError, NothingToDo, PairError)
+"""Failures that a second attempt at the same input would meet again."""
 
 
 def partial_folder(target: Path) -> Path:
@@ -27,35 +41,67 @@ class Staging:
     process leaves at most the hidden folder, `.NAME.*.wnconvert`.
     """
 
-    def __init__(self, target: Path, *, partial: bool = False, resume: bool = False) -> None:
+    def __init__(self, target: Path, *, partial: bool = False, resume: bool = False, crew: Ranks = ALONE) -> None:
         """Prepare for one output.
 
         Args:
             target: its final name.
             partial: a failed run leaves behind what it noted as `FINISHED`.
             resume: go on from that; otherwise it is thrown away.
+            crew: the processes that work on it, each of which enters a `Staging` of its own. Several need `partial`.
         """
         self.target = target
         self.folder = Path()
-        self._partial, self._resume = partial, resume
+        self._partial, self._resume, self._crew = partial, resume, crew
+        self._lock: Lock | None = None
         self._committed = False
 
     def __enter__(self) -> Staging:
         try:
-            self.folder = self._make()
+            if not self._partial:
+                parent = self.target.parent
+                self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=parent))
+                return self
+            self.folder = partial_folder(self.target)
+            self._crew.first(self._begin)
+            # All hold the lock: while one of them lives, it writes.
+            self._crew.agreed(self._follow)
         except OSError as error:
+            self._abandon()
             raise InputError(f"{self.target.parent}: cannot write here ({error.strerror})") from error
+        except WnconvertError:
+            self._abandon()
+            raise
         return self
 
-    def _make(self) -> Path:
-        if not self._partial:
-            parent = self.target.parent
-            return Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=parent))
-        folder = partial_folder(self.target)
+    def _begin(self) -> None:
+        self._lock = lock.take(self.folder, exclusive=True)
+        if self._lock is None:
+            raise self._taken()
         if not self._resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700, exist_ok=self._resume)
-        return folder
+            for path in self.folder.iterdir():
+                if path.name != lock.NAME:
+                    _remove(path)
+        if self._crew.count > 1 and not self._lock.share():
+            raise self._taken()
+
+    def _follow(self) -> None:
+        if self._crew.rank:
+            self._lock = lock.take(self.folder, exclusive=False)
+            if self._lock is None:
+                raise self._taken()
+
+    def _taken(self) -> InputError:
+        return InputError(f"{self.target}: another run is writing it, in {self.folder.name}; wait until it has ended")
+
+    def _abandon(self) -> None:
+        if self._lock is not None and self._crew.rank == 0 and [p.name for p in self.folder.iterdir()] == [lock.NAME]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every staged file, by its final name."""
@@ -63,6 +109,17 @@ class Staging:
 
     def commit(self) -> None:
         """Move every staged file to its final name, flushed to disk, the target last. A folder moves as a whole."""
+        # Whoever still looks at the staged files must be done.
+        self._crew.together(lambda: None)
+        try:
+            self._crew.first(self._move)
+        except RankDied:
+            # A rank that dies now comes too late to fail the run.
+            if not self._committed:
+                raise
+        self._committed = True
+
+    def _move(self) -> None:
         main = self.folder / self.target.name
         files = self._files()
         for path in files:
@@ -83,18 +140,36 @@ class Staging:
         return [path for path in sorted(self.folder.rglob("*")) if self._belongs(path)]
 
     def _belongs(self, path: Path) -> bool:
-        notes = self.folder / FINISHED
-        return path.is_file() and not path.is_symlink() and not path.is_relative_to(notes)
+        ours = path.is_relative_to(self.folder / FINISHED) or path == self.folder / lock.NAME
+        return path.is_file() and not path.is_symlink() and not ours
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = error is not None and not self._committed and self._partial and (self.folder / FINISHED).is_dir()
-        if not kept or isinstance(error, VerificationError):
+        kept = self._is_worth_keeping(error)
+        if not kept and self._crew.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+        way = "; --resume goes on from what is done" if kept else ""
         if isinstance(error, OSError):
-            way = "; --resume goes on from what is done" if kept else ""
             raise InputError(f"{self.target}: cannot be written ({error.strerror or error}){way}") from error
+        if isinstance(error, RankDied):
+            raise RankDied(f"{error}{way or ', and nothing was written'}") from error
+        if way and isinstance(error, (KeyboardInterrupt, SystemExit)):
+            add_note(error, way)
+
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
+        if error is None or self._committed or not self._partial or isinstance(error, _FOR_GOOD):
+            return False
+        # Without the second, rank 0 died after it had moved the result.
+        return (self.folder / FINISHED).is_dir() and (self.folder / self.target.name).exists()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.carriers.state_dict import Slots
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
 from wnconvert.files.raw import Inline, Raw
@@ -30,7 +30,7 @@ class Output:
     entries: Callable[[], Iterable[Entry]]
 
 
-def write(output: Output, carrier: StateDictCarrier, watcher: Watcher) -> dict[str, RowCounts | str]:
+def write(output: Output, carrier: Slots, watcher: Watcher) -> dict[str, RowCounts | str]:
     """Write one file, and tell the carrier what its deferred splits came to.
 
     Which weights can be split shows when their values are read, and what cannot stays as it is. That is rare, so the

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from wnconvert import weightnorm
-from wnconvert.carriers.state_dict import StateDictCarrier
+from wnconvert.carriers.state_dict import Slots
 from wnconvert.errors import InputError, NotSplittable
 from wnconvert.files import torch_load, torch_skeleton
 from wnconvert.files.entries import Entry
-from wnconvert.files.filling import Content, Copied, Filling, Held, memory_of
+from wnconvert.files.filling import Content, Copied, Filling, Held, Outcomes, memory_of
 from wnconvert.files.refill import InMemory, refilled
 from wnconvert.files.stand_ins import StandIns
 from wnconvert.files.torch_map import TorchMap
@@ -41,31 +41,35 @@ class Job:
 
     roots: Mapping[Path, object]
     tree: Tree
-    carrier: StateDictCarrier
+    carrier: Slots
     maps: Sequence[TorchMap]
 
 
-def save(job: Job, watcher: Watcher) -> None:
+def save(job: Job, watcher: Watcher) -> Outcomes:
     """Write some files.
 
     Which weights can be split shows when their values are read, and what cannot stays as it is. That is rare, so they
     are written as if all could, and once more where one could not.
 
+    Returns:
+        What the deferred splits came to, by the name of the weight.
+
     Raises:
         InputError: something cannot be pickled, or an input cannot be read.
         PairError: a pair cannot be multiplied.
     """
-    problems = True
-    while problems:
+    settled: Outcomes = {}
+    while True:
         # What a module holds is in memory, and dicts beside it may hold the very same tensors.
         filling = None if job.tree.modules else _skeletons(job)
         if filling is None:
-            _save_in_memory(job)
-            return
+            return settled | _save_in_memory(job)
         outcomes = filling.run(watcher)
         for name, outcome in outcomes.items():
             job.carrier.settle(name, outcome)
-        problems = any(isinstance(outcome, str) for outcome in outcomes.values())
+        settled |= outcomes
+        if not any(isinstance(outcome, str) for outcome in outcomes.values()):
+            return settled
 
 
 def _skeletons(job: Job) -> Filling | None:
@@ -92,13 +96,16 @@ def _skeletons(job: Job) -> Filling | None:
     return filling
 
 
-def _save_in_memory(job: Job) -> None:
+def _save_in_memory(job: Job) -> Outcomes:
+    settled: Outcomes = {}
     for entry in list(job.carrier.entries()):
         if isinstance(entry.made, Half) and entry.made.part == "g":
-            job.carrier.settle(entry.made.name, _outcome(entry))
+            settled[entry.made.name] = _outcome(entry)
+            job.carrier.settle(entry.made.name, settled[entry.made.name])
     with refilled(job.tree, job.carrier, InMemory()):
         for path, root in job.roots.items():
             _pickle(path, root)
+    return settled
 
 
 def _outcome(g: Entry) -> RowCounts | str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wnconvert.files import index as indices
+
 if TYPE_CHECKING:
     from wnconvert.files import ReadOptions
     from wnconvert.files.torch_sharded_document import TorchShardedDocument
@@ -14,7 +16,7 @@ SUFFIX = ".bin.index.json"
 
 def recognise(path: Path) -> bool:
     """Whether this is an index of such shards, or a folder that holds one."""
-    return path.name.endswith(SUFFIX) if path.is_file() else any(path.glob(f"*{SUFFIX}"))
+    return indices.recognise(path, SUFFIX)
 
 
 def read(path: Path, options: ReadOptions) -> TorchShardedDocument:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterator, Mapping
+import functools
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from wnconvert.carriers.shared_storage import SharedStorageCarrier
-from wnconvert.errors import InputError, UsageError
+from wnconvert.errors import InputError
 from wnconvert.files import index as indices
-from wnconvert.files import torch_file, torch_save, tree
+from wnconvert.files import parts, torch_file, torch_save, tree
+from wnconvert.files.finished import Written, described, mark_of, mark_of_inputs
 from wnconvert.files.magnitudes import statistics
+from wnconvert.files.parts import Part
 from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.torch_sharded import SUFFIX
-from wnconvert.files.tree import Tree
+from wnconvert.ranks import ALONE, Ranks
 from wnconvert.walk.arch import walker_for
 from wnconvert.watch import SILENT, Watcher
 
@@ -69,15 +71,16 @@ class TorchShardedDocument:
         self._index_name = index_path.name
         self._index = index
         self._shards = shards
-        self._tree = _together(shard.tree for shard in shards.values())
         self._shard_of_home: dict[Hashable, str] = {
             home: name for name, shard in shards.items() for home in shard.tree.holders
         }
-        self.carrier = SharedStorageCarrier(
-            self._tree.entries, walker=walker_for(options.arch, self._folder), streamed=True
-        )
+        entries = [entry for shard in shards.values() for entry in shard.tree.entries]
+        self.carrier = SharedStorageCarrier(entries, walker=walker_for(options.arch, self._folder), streamed=True)
+        counts = [len(shard.tree.entries) for shard in shards.values()]
+        self._portions = dict(zip(shards, self.carrier.portions(counts), strict=True))
         self.notes: list[str] = []
         self._watcher = SILENT
+        self._crew = ALONE
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
@@ -92,39 +95,52 @@ class TorchShardedDocument:
         """Every tensor by its key."""
         return {entry.name: entry.load().clone() for entry in self.carrier.entries()}
 
+    def join(self, crew: Ranks) -> None:
+        """See `Shared.join`."""
+        self._crew = crew
+
     def watch(self, watcher: Watcher) -> None:
         """See `Watched.watch`."""
         self._watcher = watcher
 
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`. Files beside the shards (configuration, tokenizer) are copied."""
-        if folder.resolve().is_relative_to(self._folder.resolve()):
-            raise UsageError(f"{self._folder}: the output would lie inside the input; choose another -o")
+        indices.require_outside(folder, self._folder)
         target = folder / name
-        target.mkdir()
-        indices.copy_others(self._folder, target, {*self._shards, self._index_name})
-        roots: dict[Path, object] = {}
-        for shard_name, shard in self._shards.items():
-            (target / shard_name).parent.mkdir(parents=True, exist_ok=True)
-            roots[target / shard_name] = shard.root
-        maps = [shard.opened for shard in self._shards.values() if isinstance(shard.opened, TorchMap)]
-        torch_save.save(torch_save.Job(roots, self._tree, self.carrier, maps), self._watcher)
-        text = json.dumps(self._new_index(), indent=2, ensure_ascii=False) + "\n"
-        (target / self._index_name).write_text(text, encoding="utf-8")
+        target.mkdir(exist_ok=True)
+        inputs = mark_of_inputs(self._folder / name for name in (self._index_name, *self._shards))
+        todo = {
+            shard: Part(
+                target / shard,
+                (self._folder / shard).stat().st_size,
+                functools.partial(self._mark, shard, inputs),
+                functools.partial(self._write, target / shard, shard),
+            )
+            for shard in self._shards
+        }
+        for written in parts.write(folder, todo, self._crew).values():
+            for weight, outcome in written.outcomes.items():
+                self.carrier.settle(weight, outcome)
+        self._crew.first(lambda: self._finish(target))
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
         return None
 
+    def _mark(self, shard: str, inputs: int) -> str:
+        return mark_of(inputs, map(described, self._portions[shard].entries()))
+
+    def _write(self, path: Path, shard: str) -> Written:
+        held = self._shards[shard]
+        maps = [held.opened] if isinstance(held.opened, TorchMap) else []
+        job = torch_save.Job({path: held.root}, held.tree, self._portions[shard], maps)
+        return Written(torch_save.save(job, self._watcher))
+
+    def _finish(self, target: Path) -> None:
+        indices.copy_others(self._folder, target, {*self._shards, self._index_name})
+        indices.write(target / self._index_name, self._new_index())
+
     def _new_index(self) -> dict[str, Any]:
-        slots = dict(zip((entry.name for entry in self._tree.entries), self.carrier.slots(), strict=True))
+        names = (entry.name for shard in self._shards.values() for entry in shard.tree.entries)
+        slots = dict(zip(names, self.carrier.slots(), strict=True))
         return indices.rewritten(self._index, slots, lambda entry: self._shard_of_home[entry.home], tree.stored_size)
-
-
-def _together(trees: Iterator[Tree]) -> Tree:
-    """Several trees as one."""
-    whole = Tree()
-    for part in trees:
-        whole.entries += part.entries
-        whole.holders |= part.holders
-    return whole

@@ -69,6 +69,10 @@ class InFile(abc.ABC):
     def source(self) -> Stored | Pair | None:
         """Where it lies, or None if it does not."""
 
+    @abc.abstractmethod
+    def size(self) -> int:
+        """About how much work it is to read it."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from onnx import TensorProto
@@ -50,6 +51,10 @@ class Plain(InFile):
         """See `InFile.source`."""
         return stored(self.tensor, self.folder) if external.is_external(self.tensor) else None
 
+    def size(self) -> int:
+        """See `InFile.size`."""
+        return math.prod(self.tensor.dims)
+
     def __call__(self) -> Tensor:
         return read(self.tensor, self.folder)
 
@@ -68,6 +73,10 @@ class Folded(InFile):
         if not external.is_external(self.v):
             return None
         return Pair(self.name, stored(self.g, self.folder), stored(self.v, self.folder))
+
+    def size(self) -> int:
+        """See `InFile.size`."""
+        return math.prod(self.v.dims)
 
     def __call__(self) -> Tensor:
         return weightnorm.fold(read(self.g, self.folder), read(self.v, self.folder), name=self.name)
