@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.onnx_models import applied, folded, initializer, make_external, model, serialized, tensor, to_torch, value
 from tests.reference import same_bits
 from wnconvert import files
 from wnconvert.compare import compare_files
-from wnconvert.errors import InputError, NothingToDo, PairError
+from wnconvert.errors import InputError, NothingToDo, PairError, UsageError
 from wnconvert.files import onnx as onnx_files
 from wnconvert.files import onnx_stream
 from wnconvert.jobs import Job, convert_file
@@ -324,3 +325,42 @@ def test_memory_stays_bounded(folders):
     rewrite(folders[1] / "wn.onnx", scale_magnitudes)
     assert measured("fold", folders[1] / "wn.onnx", folders[2] / "plain.onnx") < 128
     assert measured("fold", folders[1] / "wn.onnx", folders[1] / "plain.onnx") < 128
+
+
+ONE_FILE = {
+    command: Job(command, dim="out", reading=files.ReadOptions(single_file=True)) for command in ("apply", "fold")
+}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_single_file_holds_everything(folders, split, elsewhere):
+    original = network()
+    path = make_external(original, folders[0], split)
+    before = {p: p.read_bytes() for p in folders[0].rglob("*.*")}
+    target = folders[1] if elsewhere else folders[0]
+
+    convert_file(path, target / "wn.onnx", ONE_FILE["apply"])
+    assert_same(tensors(target / "wn.onnx"), expected(applied(original, dim="out")))
+    assert not any(t.external_data or t.data_location for t in loaded(target / "wn.onnx").graph.initializer)
+    alone = shutil.move(target / "wn.onnx", folders[2] / "moved.onnx")
+    convert_file(alone, folders[2] / "plain.onnx", ONE_FILE["fold"])
+    assert_same(tensors(folders[2] / "plain.onnx"), expected(original))
+
+    assert {p.name for p in folders[2].iterdir()} == {"moved.onnx", "plain.onnx"}
+    assert {p: p.read_bytes() for p in folders[0].rglob("*.*")} == before
+    assert not list(folders[1].iterdir())
+
+
+def test_a_single_file_that_would_be_too_large_is_not_written(folders, monkeypatch):
+    path = make_external(network(), folders[0])
+    monkeypatch.setattr(onnx_files, "LIMIT", 6000)
+    with pytest.raises(InputError, match=r"over 2 GB.*leave its weights in data files"):
+        convert_file(path, folders[1] / "wn.onnx", ONE_FILE["apply"])
+    assert not list(folders[1].iterdir())
+
+
+def test_a_single_file_is_for_onnx(tmp_path):
+    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=r"a\.pt: --single-file is for ONNX"):
+        files.read(tmp_path / "a.pt", files.ReadOptions(single_file=True))

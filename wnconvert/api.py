@@ -140,6 +140,7 @@ def convert_file(
     names: Scheme = "legacy",
     arch: str | None = None,
     drop_optimizer: bool = False,
+    single_file: bool = False,
     unsafe_load: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -158,6 +159,7 @@ def convert_file(
         names: how `apply` and `rename` spell the keys.
         arch: builds the module that the checkpoint belongs to.
         drop_optimizer: leave out optimizer state.
+        single_file: take the data files of an ONNX model into it.
         unsafe_load: unpickle whole modules, which can run code.
         dry_run: report only.
         overwrite: replace an existing output.
@@ -168,7 +170,7 @@ def convert_file(
         selection=_selection(include, exclude, kinds),
         dim=_dim(dim),
         names=names,
-        reading=ReadOptions(unsafe_load, arch, drop_optimizer),
+        reading=ReadOptions(unsafe_load, arch, drop_optimizer, single_file),
         dry_run=dry_run,
         overwrite=overwrite,
         check=check,

@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent.parent.parent / ".models" / "zoo"
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds for one network.")
 @click.option("--memory", default=8, show_default=True, help="GiB for one process.")
 @click.option("--folder", default=FOLDER, type=click.Path(path_type=Path), help="Where results are kept.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write the table for the documentation there.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write the page of the documentation there.")
 def main(names: tuple[str, ...], libraries: tuple[str, ...], **options: Any) -> None:
     """Convert every architecture of timm, torchvision and transformers and back. NAMES choose some by name.
 
@@ -103,7 +103,7 @@ def _finish(records: list[results.Record], seconds: float, options: dict[str, An
     }
     (options["folder"] / "zoo.json").write_text(json.dumps(whole, indent=2))
     if options["markdown"]:
-        options["markdown"].write_text(report.markdown(records, "scripts/zoo.py", minutes))
+        options["markdown"].write_text(report.markdown(records, "scripts/run_zoo --markdown docs/zoo.md", minutes))
     table = Table(*report.COLUMNS)
     for row in rows:
         table.add_row(*(str(row[column]) for column in report.COLUMNS))

@@ -56,6 +56,7 @@ def writing(verb: Verb) -> Verb:
             show_default=True,
             help="Optimizer state in a training checkpoint; it does not match the new parameters.",
         ),
+        click.option("--single-file", is_flag=True, help="Take the data files of an ONNX model into it (up to 2 GB)."),
         click.option("--resume", is_flag=True, help="Go on from the shards that an interrupted run has finished."),
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing."),
@@ -123,7 +124,9 @@ def selection(given: dict[str, Any]) -> Selection:
 
 def read_options(given: dict[str, Any]) -> ReadOptions:
     """How to read, from the parsed options."""
-    return ReadOptions(given["unsafe_load"], given.get("arch"), given.get("optimizer") == "drop")
+    return ReadOptions(
+        given["unsafe_load"], given.get("arch"), given.get("optimizer") == "drop", given.get("single_file", False)
+    )
 
 
 def dim_of(value: Any) -> Dim:

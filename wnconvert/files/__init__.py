@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from wnconvert.carriers import Carrier
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, UsageError
 from wnconvert.files import sniff
 from wnconvert.ranks import Ranks
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
@@ -27,11 +27,13 @@ class ReadOptions:
         unsafe_load: unpickle whole modules, which can run code.
         arch: builds the exact module, `package.module:callable`, `timm:NAME` or `transformers`.
         drop_optimizer: leave out optimizer state.
+        single_file: take what lies in data files into the ONNX model itself.
     """
 
     unsafe_load: bool = False
     arch: str | None = None
     drop_optimizer: bool = False
+    single_file: bool = False
 
 
 class Document(Protocol):
@@ -122,9 +124,12 @@ def read(path: Path, options: ReadOptions = ReadOptions()) -> Document:
 
     Raises:
         InputError: it does not exist, is damaged, or is of no known format.
+        UsageError: an option is for another format.
     """
-    module = importlib.import_module(recognise(path).module)
-    document: Document = module.read(path, options)
+    found = recognise(path)
+    if options.single_file and found.name != "onnx":
+        raise UsageError(f"{path}: --single-file is for ONNX models, which can have data files")
+    document: Document = importlib.import_module(found.module).read(path, options)
     return document
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
-from wnconvert.carriers.onnx import OnnxCarrier
+from wnconvert.carriers.onnx import OnnxCarrier, external
+from wnconvert.carriers.onnx.graphs import all_tensors
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import Document, ReadOptions, onnx_stream
 from wnconvert.files.magnitudes import statistics
@@ -53,7 +55,7 @@ def read(path: Path, options: ReadOptions) -> OnnxDocument:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if not model.HasField("graph") or not model.ir_version:
         raise InputError(f"{path}: not an ONNX model: it has no graph")
-    return OnnxDocument(path, model)
+    return OnnxDocument(path, model, single_file=options.single_file)
 
 
 class OnnxDocument:
@@ -62,13 +64,15 @@ class OnnxDocument:
     Args:
         path: where it was read from.
         model: loaded without its external data.
+        single_file: save it without data files.
     """
 
     format = "onnx"
     resumable = False
 
-    def __init__(self, path: Path, model: ModelProto) -> None:
+    def __init__(self, path: Path, model: ModelProto, *, single_file: bool = False) -> None:
         self.path = path
+        self._single_file = single_file
         self._watcher = SILENT
         try:
             self.carrier = OnnxCarrier(model, path.parent)
@@ -98,7 +102,12 @@ class OnnxDocument:
             PairError: a pair cannot be multiplied.
             InputError: a file of another model is in the way, or the model does not fit one protobuf message.
         """
-        onnx_stream.write(self.carrier, folder, name, self._watcher)
+        if self._single_file:
+            with tempfile.TemporaryDirectory(prefix=".data.", dir=folder) as apart:
+                onnx_stream.write(self.carrier, Path(apart), name, self._watcher)
+                _take_in(self.carrier, Path(apart), self.path)
+        else:
+            onnx_stream.write(self.carrier, folder, name, self._watcher)
         (folder / name).write_bytes(_serialize(self.carrier.model, self.path))
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:
@@ -106,6 +115,20 @@ class OnnxDocument:
         if not isinstance(other, OnnxDocument):
             return None
         return compare(self.path, self.carrier, other.path, other.carrier)
+
+
+def _take_in(carrier: OnnxCarrier, folder: Path, path: Path) -> None:
+    """Move what lies in the data files of this folder into the model."""
+    held = [tensor for tensor in all_tensors(carrier.model) if external.is_external(tensor)]
+    parts = [external.locate(tensor, folder) for tensor in held]
+    if sum(part.length for part in parts) > LIMIT:
+        raise InputError(_TOO_LARGE.format(path))
+    for tensor, part in zip(held, parts, strict=True):
+        with part.path.open("rb") as file:
+            file.seek(part.offset)
+            tensor.raw_data = file.read(part.length)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
 
 
 def _serialize(model: ModelProto, path: Path) -> bytes:
@@ -118,4 +141,4 @@ def _serialize(model: ModelProto, path: Path) -> bytes:
     return data
 
 
-_TOO_LARGE = "{}: the result would be over 2 GB, the most an ONNX file can have; save it with external data first"
+_TOO_LARGE = "{}: the result would be over 2 GB, the most an ONNX file can have; leave its weights in data files"
