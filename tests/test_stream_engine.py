@@ -69,7 +69,9 @@ def fold(folder: Path, g: Tensor, v: Tensor) -> None:
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, Any, int]:
-    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))
+    # About a thousand elements at most: single ones are worked on, one after the other.
+    few, many = (st.lists(st.integers(1, top), min_size=1, max_size=axes) for top, axes in ((9, 3), (4, 5)))
+    shape = tuple(draw(st.one_of(few, many)))
     groups = draw(st.sampled_from([n for n in range(1, shape[0] + 1) if shape[0] % n == 0]))
     rank = len(shape) + (groups > 1)
     axis = draw(st.one_of(st.none(), st.lists(st.integers(0, rank - 1), unique=True).map(tuple)))

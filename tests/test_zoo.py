@@ -158,7 +158,7 @@ class Chaotic(nn.Module):
 
 def test_a_network_that_amplifies_rounding_is_held_to_its_own_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs((torch.randn(2, 6),))
-    monkeypatch.setattr(conversion.Conversion, "_measure_in_float64", lambda self: False)
+    monkeypatch.setattr(conversion.Conversion, "_measure_in_float64", lambda self: None)
     outcome = _try(Chaotic(), inputs=inputs)
     assert outcome.distance > conversion.TOLERANCE[torch.float32]
     assert outcome.distance <= conversion.AMPLIFIED * outcome.sensitivity

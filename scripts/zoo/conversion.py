@@ -162,22 +162,23 @@ class Conversion:
         outcome.distance = outputs.distance(trained, folded)
         tolerance = TOLERANCE[dtype]
         if outcome.distance > tolerance:
-            outcome.sensitivity = self._sensitivity(folded)
-            if self._measure_in_float64():
-                dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
-            else:
+            inputs, finer = self.inputs, self._measure_in_float64()
+            if finer is not None:
+                dtype, tolerance, (inputs, folded) = torch.float64, TOLERANCE[torch.float64], finer
+            if outcome.distance > tolerance:
+                outcome.sensitivity = self._sensitivity(inputs, folded)
                 tolerance = max(tolerance, AMPLIFIED * outcome.sensitivity)
         outcome.parity, outcome.parity_dtype = outcome.distance <= tolerance, str(dtype).removeprefix("torch.")
         if not outcome.parity:
             outcome.wrong.append(f"trained and folded differ by {outcome.distance:.1e} ({outcome.parity_dtype})")
 
-    def _sensitivity(self, folded: list[Tensor]) -> float:
+    def _sensitivity(self, inputs: Inputs, folded: list[Tensor]) -> float:
         """How far the outputs move when every folded weight moves by one ulp, up or down."""
         names = {row.site.name for row in self.report.rows if row.action == "split"}
         changed = {name: value for name, value in self.model.named_parameters() if name in names}
         before = {name: value.detach().clone() for name, value in changed.items()}
         weights.jitter(changed)
-        moved = self._step("run the jittered network", lambda: outputs.run(self.model, self.inputs))
+        moved = self._step("run the jittered network", lambda: outputs.run(self.model, inputs))
         for name, value in before.items():
             changed[name].data.copy_(value)
         return outputs.distance(folded, moved)
@@ -189,17 +190,26 @@ class Conversion:
         self._step("fold the trained network", lambda: self._fold(self.model))
         return trained, self._step("run the folded network", lambda: outputs.run(self.model, inputs))
 
-    def _measure_in_float64(self) -> bool:
-        """Networks that choose (experts, codes, boxes) jump on a difference in the last bit: use finer ones."""
+    def _measure_in_float64(self) -> tuple[Inputs, list[Tensor]] | None:
+        """Networks that choose (experts, codes, boxes) jump on a difference in the last bit: use finer ones.
+
+        Returns:
+            The inputs, and the outputs of the folded network. None if it does not run in float64.
+        """
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        dtypes = [tensor.dtype for tensor in tensors]
+        double = self.inputs.double()
         try:
             self.model.double()
-            double = self.inputs.double()
             outputs.run(self.model, double)
         except Exception:  # noqa: BLE001 many networks cast to float32 on the way
-            return False
+            for tensor, dtype in zip(tensors, dtypes, strict=True):
+                tensor.data = tensor.data.to(dtype)
+            return None
         self._apply()
-        self.outcome.distance = outputs.distance(*self._train_and_fold(double))
-        return True
+        trained, folded = self._train_and_fold(double)
+        self.outcome.distance = outputs.distance(trained, folded)
+        return double, folded
 
 
 class _Nowhere(io.RawIOBase):
