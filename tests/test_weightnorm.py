@@ -411,3 +411,12 @@ def test_gradients_by_hand_are_those_of_autograd(dtype: torch.dtype, reduced: tu
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         assert torch.allclose(ours.double(), exact, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_number_is_a_row_of_its_own(dtype: torch.dtype) -> None:
+    w = torch.tensor(-3.0, dtype=dtype)
+    g, v = weightnorm.split(w, None)
+    assert (float(g), g.shape, v.shape) == (3.0, (), ())
+    assert reference.same_bits(weightnorm.fold(g, v), w)
+    assert float(weightnorm.fold(2 * g, v)) == -6.0

@@ -20,7 +20,7 @@ def by_rows(w: Tensor, axis: Axis, groups: int = 1) -> tuple[Tensor, int, tuple[
     kept = kept_axes(axis, w.dim())
     reduced = [i for i in range(w.dim()) if i not in kept]
     g_shape = () if axis is None else tuple(n if i in kept else 1 for i, n in enumerate(w.shape))
-    return w.permute(*kept, *reduced), len(kept), g_shape
+    return w.permute((*kept, *reduced)), len(kept), g_shape
 
 
 def parts(view: Tensor, kept: int, block: int) -> Iterator[Tensor]:
