@@ -37,8 +37,8 @@ def main(sizes: Sequence[float], dtypes: Sequence[str], formats: Sequence[str], 
 
     Seconds are medians of whole processes. The ratios leave out the start of the process, `import torch`, which the
     column `start` shows, and compare the rest with `cp` of the same input and with torch's own functions. All commands
-    of a table run in turns. Nothing is synced to a disk, and the input is in the page cache as far as it fits. Files go
-    to --folder: memory where there is a file system in it.
+    of a table run in turns, with a pause before each in which memory settles. Nothing is synced to a disk, and the
+    input is in the page cache as far as it fits. Files go to --folder: memory where there is a file system in it.
 
     \b
     apply      a plain checkpoint
@@ -101,7 +101,9 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
         commands["wnconvert --no-verify"] = [*wnconvert, "--no-verify"]
     if peer:
         commands["torch"] = [*_PEERS, verb, source, target]
-    found = processes.compare(commands, options["runs"], lambda: target.unlink(missing_ok=True))
+    found = processes.compare(
+        commands, options["runs"], lambda: target.unlink(missing_ok=True), settle=processes.SETTLE
+    )
     target.unlink(missing_ok=True)
     start = found.pop("start")
     lines = {name: Line(name, summary, None if name == "cp" else start) for name, summary in found.items()}

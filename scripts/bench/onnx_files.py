@@ -90,7 +90,7 @@ def _measure(place: Path, size: float, peers: Sequence[str], options: dict[str, 
         for path in [*target.parent.iterdir(), *place.glob("*/beside*")]:
             path.unlink()
 
-    found = processes.compare({"cp": copy, **starts, **commands}, options["runs"], clean)
+    found = processes.compare({"cp": copy, **starts, **commands}, options["runs"], clean, settle=processes.SETTLE)
     clean()
     _print(f"{size:g} GB in {layers} layers", found, peers)
     for path in place.glob("*/*"):

@@ -27,6 +27,14 @@ WNCONVERT = (PYTHON, "-m", "wnconvert")
 IMPORT_TORCH = (PYTHON, "-c", "import torch")
 HERE = Path(__file__).parent
 
+SETTLE = 4.0
+"""Seconds to wait before a command that writes large files.
+
+A virtual machine hands memory that was freed back to its host within a second or two, and asking for it again takes up
+to three times as long as copying into it. A command that writes at once would find the memory of the last result still
+there, and one that first starts an interpreter would not: after a pause none does.
+"""
+
 
 class Failed(SystemExit):
     """A command failed. Ends the program with what the command said, unless it is caught."""
@@ -87,7 +95,11 @@ def run(command: Sequence[str | Path], accepted: Sequence[int] = (0,)) -> Run:
 
 
 def compare(
-    commands: Mapping[str, Sequence[str | Path]], runs: int, clean: Callable[[], None] = lambda: None
+    commands: Mapping[str, Sequence[str | Path]],
+    runs: int,
+    clean: Callable[[], None] = lambda: None,
+    *,
+    settle: float = 0,
 ) -> dict[str, Summary]:
     """Run commands in turns.
 
@@ -95,10 +107,12 @@ def compare(
         commands: by name.
         runs: rounds that count; one before them does not.
         clean: called before every command, to remove what the last one wrote.
+        settle: seconds to wait after that.
     """
 
     def once(command: Sequence[str | Path]) -> Run:
         clean()
+        time.sleep(settle)
         return run(command)
 
     functions = {name: functools.partial(once, command) for name, command in commands.items()}
