@@ -55,9 +55,10 @@ class Files:
     def write(self, path: Path, start: int, data: memoryview) -> None:
         """Write to a position of an output."""
         handle = self._handle(path, output=True)
-        while data.nbytes:
-            count = os.pwrite(handle.number, data, start)
-            data, start = data[count:], start + count
+        with handle.writing:
+            while data.nbytes:
+                count = os.pwrite(handle.number, data, start)
+                data, start = data[count:], start + count
 
     def copy(self, source: Raw, path: Path, start: int, buffer: memoryview) -> None:
         """Copy bytes from an input to an output, by the kernel if it can, else through `buffer`."""
@@ -74,9 +75,10 @@ class Files:
         done = 0
         while done < source.size:
             try:
-                count = os.copy_file_range(
-                    reader.number, writer.number, source.size - done, source.start + done, start + done
-                )
+                with writer.writing:
+                    count = os.copy_file_range(
+                        reader.number, writer.number, source.size - done, source.start + done, start + done
+                    )
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
                     raise
@@ -107,6 +109,8 @@ class _Handle:
 
     def __init__(self, path: Path, *, output: bool) -> None:
         self.number = -1
+        # The kernel lets one thread write to a file at a time, and the others spin meanwhile.
+        self.writing = threading.Lock()
         try:
             self.number = os.open(path, os.O_RDWR | os.O_CLOEXEC if output else os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
