@@ -49,6 +49,12 @@ def plain_name(key: str) -> tuple[str, Scheme, str] | None:
     return None
 
 
+def sources(key: str) -> list[str]:
+    """The keys of what a tensor can come from by a conversion: the direction of a pair, or a plain weight."""
+    half = plain_name(key)
+    return [spell(key, scheme)[1] for scheme in SCHEMES] + ([half[0]] if half else [])
+
+
 def find_pairs(shapes: Mapping[str, tuple[int, ...]]) -> list[Pair]:
     """Find every pair among the keys of a state dict, in the order of its keys.
 

@@ -18,7 +18,7 @@ from wnconvert.files.dcp_items import Items
 from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
 from wnconvert.files.finished import Written, mark_of, mark_of_inputs
-from wnconvert.files.magnitudes import statistics
+from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.parts import Part
 from wnconvert.ranks import ALONE, Ranks
 from wnconvert.sites import RowCounts
@@ -75,12 +75,7 @@ class DcpDocument:
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
-        found = {}
-        for name, entry in self.carrier.magnitudes().items():
-            described = statistics(entry.load().detach().double().numpy())
-            if described is not None:
-                found[name] = described
-        return found
+        return of_tensors((name, entry.load()) for name, entry in self.carrier.magnitudes().items())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of its networks by its flat name."""

@@ -165,6 +165,4 @@ class Plan:
 
     def _template(self, entry: Entry) -> Entry:
         """The tensor of the input that a converted one comes from."""
-        half = names.plain_name(entry.name)
-        sources = [names.spell(entry.name, scheme)[1] for scheme in SCHEMES] + ([half[0]] if half else [])
-        return next(self._before[name] for name in sources if name in self._before)
+        return next(self._before[name] for name in names.sources(entry.name) if name in self._before)

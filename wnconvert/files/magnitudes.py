@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from wnconvert.report.model import MagnitudeStatistics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 def statistics(g: NDArray[Any]) -> MagnitudeStatistics | None:
@@ -24,3 +26,9 @@ def statistics(g: NDArray[Any]) -> MagnitudeStatistics | None:
         negative=int((values < 0).sum()),
         zero=int((values == 0).sum()),
     )
+
+
+def of_tensors(magnitudes: Iterable[tuple[str, Tensor]]) -> dict[str, MagnitudeStatistics]:
+    """Describe the values of magnitudes by name. Those without values are left out."""
+    found = ((name, statistics(g.detach().double().numpy())) for name, g in magnitudes)
+    return {name: described for name, described in found if described is not None}

@@ -10,8 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
-from wnconvert.carriers.onnx import OnnxCarrier, external
-from wnconvert.carriers.onnx.graphs import all_tensors
+from wnconvert.carriers.onnx import OnnxCarrier
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import Document, ReadOptions, onnx_stream
 from wnconvert.files.magnitudes import statistics
@@ -68,7 +67,6 @@ class OnnxDocument:
     """
 
     format = "onnx"
-    resumable = False
 
     def __init__(self, path: Path, model: ModelProto, *, single_file: bool = False) -> None:
         self.path = path
@@ -119,11 +117,10 @@ class OnnxDocument:
 
 def _take_in(carrier: OnnxCarrier, folder: Path, path: Path) -> None:
     """Move what lies in the data files of this folder into the model."""
-    held = [tensor for tensor in all_tensors(carrier.model) if external.is_external(tensor)]
-    parts = [external.locate(tensor, folder) for tensor in held]
-    if sum(part.length for part in parts) > LIMIT:
+    located = carrier.located(folder)
+    if sum(part.length for _, part in located) > LIMIT:
         raise InputError(_TOO_LARGE.format(path))
-    for tensor, part in zip(held, parts, strict=True):
+    for tensor, part in located:
         with part.path.open("rb") as file:
             file.seek(part.offset)
             tensor.raw_data = file.read(part.length)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from wnconvert import names
 from wnconvert.files.entries import Entry
-from wnconvert.sites import SCHEMES
 
 _PIECE = 1 << 30
 _APART = 64
@@ -63,9 +62,7 @@ class StandIns:
 
     def _like(self, entry: Entry) -> Tensor:
         """A tensor without data, laid out as `weightnorm` lays the result out: like the weight it comes from."""
-        half = names.plain_name(entry.name)
-        sources = [names.spell(entry.name, scheme)[1] for scheme in SCHEMES] + ([half[0]] if half else [])
-        source = next((self._before[name] for name in sources if name in self._before), None)
+        source = next((self._before[name] for name in names.sources(entry.name) if name in self._before), None)
         if source is None or source.shape != entry.shape:
             return torch.empty(entry.shape, device="meta")
         return torch.empty_like(source.load(), device="meta")

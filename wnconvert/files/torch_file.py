@@ -18,7 +18,7 @@ from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import torch_load, torch_map, torch_save, tree
 from wnconvert.files.file_map import NotMappable
-from wnconvert.files.magnitudes import statistics
+from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.refill import refill
 from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.tree import Tree
@@ -101,13 +101,8 @@ class TorchDocument:
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
-        found = {}
-        for site in self.carrier.sites("torch"):
-            if site.state == "split" and not site.skip:
-                described = statistics(self.carrier.read_pair(site)[0].detach().double().numpy())
-                if described is not None:
-                    found[site.name] = described
-        return found
+        split = (site for site in self.carrier.sites("torch") if site.state == "split" and not site.skip)
+        return of_tensors((site.name, self.carrier.read_pair(site)[0]) for site in split)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of its networks by dotted path."""

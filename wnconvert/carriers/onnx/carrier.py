@@ -186,14 +186,14 @@ class OnnxCarrier:
         """Locations of the external data that the model refers to."""
         return {part.location for _, part in self.located()}
 
-    def located(self) -> list[tuple[TensorProto, external.Slice]]:
-        """Every external tensor with its place.
+    def located(self, folder: Path | None = None) -> list[tuple[TensorProto, external.Slice]]:
+        """Every external tensor with its place in a folder, that of the model if None.
 
         Raises:
             InputError: see `external.locate`.
         """
         return [
-            (tensor, external.locate(tensor, self.folder))
+            (tensor, external.locate(tensor, self.folder if folder is None else folder))
             for tensor in all_tensors(self.model)
             if external.is_external(tensor)
         ]
