@@ -7,6 +7,7 @@ import pickle
 import shutil
 import socket
 import zipfile
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,37 @@ class _Evil:
         return os.mkdir, ("ran",)
 
 
+class _Reach:
+    """Asks for an attribute as an enumeration does, but not of one."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Path, "unlink")
+
+
+def _reach(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(_Reach()))
+
+
+class _OldPickler(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_as_the_first_pythons_3_11_write_it(tmp_path: Path) -> None:
+    _save(tmp_path / "in")
+    metadata = dcp.FileSystemReader(tmp_path / "in").read_metadata()
+    with (tmp_path / "in" / ".metadata").open("wb") as file:
+        _OldPickler(file).dump(metadata)
+    assert b"getattr" in (tmp_path / "in" / ".metadata").read_bytes()
+
+    jobs.convert_file(tmp_path / "in", tmp_path / "wn", Job("apply"))
+    jobs.convert_file(tmp_path / "wn", tmp_path / "out", Job("fold"))
+
+    assert_same_contents(_contents(tmp_path / "in"), _contents(tmp_path / "out"))
+
+
 def _cut_data(folder: Path) -> None:
     os.truncate(folder / "__0_0.distcp", 2000)
 
@@ -234,6 +266,7 @@ def _lead_outside(folder: Path) -> None:
         (_remove_data, r"__0_0\.distcp: missing, but \.metadata names it"),
         (_cut_metadata, r"\.metadata: damaged or cut short"),
         (_run_code, r"\.metadata: holds a pickled Python object \(posix\.mkdir\)"),
+        (_reach, r"\.metadata: holds a pickled Python object \(builtins\.getattr\)"),
         (_another_object, r"\.metadata: damaged: it describes no checkpoint"),
         (_overwrite_item, r"__0_0\.distcp: damaged"),
         (_lead_outside, r"outside the folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,19 @@ _CLASSES = {
 """All that torch writes into it. None of it can run code."""
 
 
+def _member(cls: object, name: str) -> Enum:
+    """One member of an enumeration: Python 3.11.0 to 3.11.3 pickle it as `getattr(cls, name)`."""
+    if not isinstance(cls, EnumMeta) or name not in cls.__members__:
+        raise _Foreign("builtins.getattr")
+    member: Enum = cls[name]
+    return member
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Import what a checkpoint's description is made of, and nothing else."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in _CLASSES.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
