@@ -150,6 +150,7 @@ def _row(shape: list[Any], start: Any, stop: Any, dtype: Any = "F32") -> dict[st
         (b'{"a": 1, "a": 2}', "a name is there twice"),
         (b'{"a": }', "its header is no JSON"),
         (b'{"\\ud800": 1}', "its header is no JSON"),
+        (b'{"__metadata__": {"a": "\\ud800"}}', "its header is no JSON"),
         (b'{"a":' + b"[" * 100_000, "its header is no JSON"),
         (b'{"\xff": 1}', "its header is no JSON"),
     ],
@@ -198,6 +199,7 @@ class TestShards:
         ("change", "said"),
         [
             (lambda index: index.pop("weight_map"), "it has no weight_map"),
+            (lambda index: index.update(note="\ud800"), "no JSON: .* surrogates not allowed"),
             (lambda index: index["weight_map"].update(extra="model-00001-of-00002.safetensors"), "'extra' is in"),
             (lambda index: index["weight_map"].pop("steps"), "'steps' is in .* but the index does not list it"),
             (lambda index: index["weight_map"].update(steps=3), "it has no weight_map"),

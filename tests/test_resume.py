@@ -128,6 +128,80 @@ def test_a_finished_file_that_changed_is_written_again(
     assert contents(target) == expected
 
 
+@pytest.mark.parametrize("note", ["", "{}", "[]", "null", "[1, 2, 3, 4, 5]", '["a", 1, 2, {"w": 3}, []]'])
+def test_a_damaged_note_is_none(
+    note: str, model: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, tmp_path / "out", monkeypatch)
+    noted = list((tmp_path / ".out.partial.wnconvert" / ".finished").rglob("*.json"))
+    for path in noted:
+        path.write_text(note)
+
+    jobs.convert_file(model, tmp_path / "out", Job("apply", resume=True))
+
+    assert len(noted) == 2
+    assert contents(tmp_path / "out") == expected
+
+
+def test_what_the_input_does_not_have_does_not_get_into_the_output(
+    model: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, tmp_path / "out", monkeypatch)
+    staged = tmp_path / ".out.partial.wnconvert" / "out"
+    for path in (staged / "gone.json", staged / "below" / "gone.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+
+    jobs.convert_file(model, tmp_path / "out", Job("apply", resume=True))
+
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_that_holds_the_input_is_not_replaced(
+    linked: bool, form: Sharded, model: Path, tmp_path: Path
+) -> None:
+    outer = tmp_path / "in.wn"
+    outer.mkdir()
+    held = model.rename(outer / "in")
+    source = held
+    if linked:
+        source = model
+        source.mkdir()
+        for path in held.iterdir():
+            (source / path.name).symlink_to(path)
+    before = contents(held)
+
+    with pytest.raises(UsageError, match="would replace a folder that holds the input"):
+        jobs.convert_file(source, tmp_path, Job("apply", overwrite=True))
+
+    assert contents(held) == before
+    assert form.files(held)
+
+
+def test_a_folder_is_replaced_by_a_process_that_stands_in_it(
+    model: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "in.wn"
+    target.mkdir()
+    (target / "old").write_text("old")
+    monkeypatch.chdir(target)
+
+    jobs.convert_file(Path("../in"), None, Job("apply", overwrite=True))
+
+    assert contents(target) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "in.wn", "whole"]
+
+
+def test_a_folder_does_not_replace_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+
+    with pytest.raises(UsageError, match="file is a file, and the result a folder"):
+        jobs.convert_file(model, tmp_path / "file", Job("apply", overwrite=True))
+
+    assert (tmp_path / "file").read_text() == "x"
+
+
 @pytest.mark.parametrize("change", ["options", "input"])
 def test_another_job_does_not_go_on(
     change: str,

@@ -202,6 +202,11 @@ def _require_free(path: Path, target: Path, command: str, *, overwrite: bool) ->
         raise UsageError(f"{target}: the output would replace the input; choose another -o")
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; --overwrite replaces it")
+    if target.exists() and target.is_dir() != (_folder_of(path) is not None):
+        is_, becomes = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise UsageError(f"{target} is a {is_}, and the result a {becomes}, which cannot replace it; choose another -o")
+    if target.is_dir() and _reaches_into(source, target):
+        raise UsageError(f"{target}: the output would replace a folder that holds the input; choose another -o")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder to write to")
     named = files.format_of_name(target.name)
@@ -210,6 +215,12 @@ def _require_free(path: Path, target: Path, command: str, *, overwrite: bool) ->
     # A file under the wrong suffix keeps it: other programs know it by that.
     if named and path.exists() and named not in (files.recognise(path), files.format_of_name(path.name)):
         raise UsageError(f"{target}: the format stays {files.recognise(path).name}, so the suffix of -o must fit that")
+
+
+def _reaches_into(source: Path, folder: Path) -> bool:
+    """Whether an input, or what its links lead to, is inside a folder."""
+    inside = folder.resolve()
+    return any(path.resolve().is_relative_to(inside) for path in [source, *source.rglob("*")])
 
 
 def _require_companions_free(staging: Staging, overwrite: bool) -> None:

@@ -8,7 +8,6 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from wnconvert import __version__
 from wnconvert.errors import InputError
@@ -51,21 +50,16 @@ class Finished:
         from wnconvert.stream import engine
 
         try:
-            noted: dict[str, Any] = json.loads(self._note(name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            noted = _Note.read(self._note(name))
+        except (FileNotFoundError, ValueError, TypeError):
+            # Never written, or lost with the power.
             return None
-        if noted["mark"] != mark:
+        if noted.mark != mark:
             raise InputError(
                 f"{self._folder.parent}: was begun with other options or another input; run again without --resume"
             )
         size = path.stat().st_size if path.is_file() else -1
-        if size != noted["size"] or engine.checksum(path) != noted["crc"]:
-            return None
-        outcomes = {
-            key: outcome if isinstance(outcome, str) else RowCounts(*outcome)
-            for key, outcome in noted["outcomes"].items()
-        }
-        return Written(outcomes, [(start, size) for start, size in noted["places"]])
+        return noted.written if size == noted.size and engine.checksum(path) == noted.crc else None
 
     def add(self, path: Path, name: str, mark: str, written: Written) -> None:
         """Note that a file is complete and on the disk."""
@@ -73,21 +67,42 @@ class Finished:
 
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        noted = {
-            "mark": mark,
-            "size": path.stat().st_size,
-            "crc": engine.checksum(path),
-            "outcomes": dict(written.outcomes),
-            "places": list(written.places),
-        }
         note = self._note(name)
         note.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = note.with_name(f"{note.name}.new")
-        unfinished.write_text(json.dumps(noted), encoding="utf-8")
-        unfinished.replace(note)
+        _Note(mark, path.stat().st_size, engine.checksum(path), written).write(note)
 
     def _note(self, name: str) -> Path:
         return self._folder / f"{name}.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Note:
+    """What is known about a finished file."""
+
+    mark: str
+    size: int
+    crc: int
+    written: Written
+
+    @classmethod
+    def read(cls, path: Path) -> _Note:
+        """Raises `ValueError` or `TypeError` for anything but what `write` writes."""
+        mark, size, crc, outcomes, places = json.loads(path.read_text(encoding="utf-8"))
+        counted = {
+            name: outcome if isinstance(outcome, str) else RowCounts(*outcome)
+            for name, outcome in dict(outcomes).items()
+        }
+        return cls(mark, size, crc, Written(counted, [(start, length) for start, length in places]))
+
+    def write(self, path: Path) -> None:
+        """It is there as a whole or not at all."""
+        content = [self.mark, self.size, self.crc, dict(self.written.outcomes), list(self.written.places)]
+        unfinished = path.with_name(f"{path.name}.new")
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
 
 
 def mark_of_inputs(inputs: Iterable[Path]) -> int:

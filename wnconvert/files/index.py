@@ -41,6 +41,8 @@ def parse(path: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+        # A lone surrogate is valid in JSON text but cannot be written back.
+        _text(index).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged: no JSON: {str(error).splitlines()[0]}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None
@@ -117,7 +119,11 @@ def rewritten(
 
 def write(path: Path, index: Mapping[str, Any]) -> None:
     """Write an index as transformers does."""
-    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(index), encoding="utf-8")
+
+
+def _text(index: Mapping[str, Any]) -> str:
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
 def require_outside(staging: Path, folder: Path) -> None:
@@ -131,12 +137,17 @@ def require_outside(staging: Path, folder: Path) -> None:
 
 
 def copy_others(folder: Path, target: Path, ours: Collection[str]) -> None:
-    """Copy every file of a folder but `ours`: configuration, tokenizer."""
-    for path in _files_below(folder):
-        name = path.relative_to(folder)
+    """Copy every file of a folder but `ours`: configuration, tokenizer. Nothing else stays in the target."""
+    others = [path.relative_to(folder) for path in _files_below(folder)]
+    kept = {*ours, *(name.as_posix() for name in others)}
+    for path in list(_files_below(target)):
+        # An earlier run may have been interrupted after copying what the input no longer has.
+        if path.relative_to(target).as_posix() not in kept:
+            path.unlink()
+    for name in others:
         if name.as_posix() not in ours:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target / name)
+            shutil.copy2(folder / name, target / name)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

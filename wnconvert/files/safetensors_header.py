@@ -136,9 +136,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name is there twice")
-    for name in table:
-        # A lone surrogate is valid in JSON text but cannot be written back.
-        name.encode("utf-8")
+    for text in (*table, *table.values()):
+        if isinstance(text, str):
+            # A lone surrogate is valid in JSON text but cannot be written back.
+            text.encode("utf-8")
     return table
 
 

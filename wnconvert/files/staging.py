@@ -51,6 +51,8 @@ class Staging:
             crew: the processes that work on it, each of which enters a `Staging` of its own. Several need `partial`.
         """
         self.target = target
+        # This process may stand in the folder that is replaced, and would not find the new one from there.
+        self._final = target.parent.resolve() / target.name
         self.folder = Path()
         self._partial, self._resume, self._crew = partial, resume, crew
         self._lock: Lock | None = None
@@ -59,10 +61,10 @@ class Staging:
     def __enter__(self) -> Staging:
         try:
             if not self._partial:
-                parent = self.target.parent
+                parent = self._final.parent
                 self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".wnconvert", dir=parent))
                 return self
-            self.folder = partial_folder(self.target)
+            self.folder = partial_folder(self._final)
             self._crew.first(self._begin)
             # All hold the lock: while one of them lives, it writes.
             self._crew.agreed(self._follow)
@@ -126,13 +128,10 @@ class Staging:
             _flush(path)
         for path in files:
             if not path.is_relative_to(main):
-                final = self.target.parent / path.relative_to(self.folder)
+                final = self._final.parent / path.relative_to(self.folder)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(final)
-        if main.is_dir() and self.target.is_dir():
-            # A folder cannot be replaced in one step: the old one goes away with the staging folder.
-            self.target.replace(self.folder / f".replaced.{main.name}")
-        main.replace(self.target)
+        _replace(main, self._final, self.folder / f".replaced.{main.name}")
         self._committed = True
 
     def _files(self) -> list[Path]:
@@ -163,6 +162,19 @@ class Staging:
             return False
         # Without the second, rank 0 died after it had moved the result.
         return (self.folder / FINISHED).is_dir() and (self.folder / self.target.name).exists()
+
+
+def _replace(new: Path, target: Path, aside: Path) -> None:
+    """Give a file or folder its final name. A folder cannot be replaced in one step: the old one is put aside."""
+    old = new.is_dir() and target.is_dir()
+    if old:
+        target.replace(aside)
+    try:
+        new.replace(target)
+    except OSError:
+        if old:
+            aside.replace(target)
+        raise
 
 
 def _remove(path: Path) -> None:
