@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Workspace:
     def __init__(self, files: Files) -> None:
         self.files = files
         # Memory that was given back and taken again for every piece would be cleared by the kernel each time.
-        self.scratch = torch.empty(weightnorm.BLOCK, dtype=torch.float64)
+        self.scratch = _memory(weightnorm.BLOCK * torch.float64.itemsize).view(torch.float64)
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, role: str, size: int) -> Tensor:
@@ -36,7 +37,7 @@ class Workspace:
         if held is None or held.numel() < size:
             # The old one goes first, so that there are never both.
             self._buffers.pop(role, None)
-            held = self._buffers[role] = torch.empty(size, dtype=torch.uint8)
+            held = self._buffers[role] = _memory(size)
         return held[:size]
 
     def read(self, role: str, stored: Stored, first: int, shape: tuple[int, ...]) -> Tensor:
@@ -65,6 +66,11 @@ class Workspace:
     def copy(self, source: Raw, to: Place) -> None:
         """Copy bytes from file to file."""
         self.files.copy(source, to.path, to.start, memory_of(self.buffer("copy", min(COPY, source.size))))
+
+
+def _memory(size: int) -> Tensor:
+    """Memory outside the heap. There, every thread has a part of its own, and large holes stay when it has ended."""
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
 
 
 def memory_of(values: Tensor) -> memoryview:
