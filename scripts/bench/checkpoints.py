@@ -37,8 +37,9 @@ def main(sizes: Sequence[float], dtypes: Sequence[str], formats: Sequence[str], 
 
     Seconds are medians of whole processes. The ratios leave out the start of the process, `import torch`, which the
     column `start` shows, and compare the rest with `cp` of the same input and with torch's own functions. All commands
-    of a table run in turns, with a pause before each in which memory settles. Nothing is synced to a disk, and the
-    input is in the page cache as far as it fits. Files go to --folder: memory where there is a file system in it.
+    of a table run in turns, each after memory for its output was touched, and `cp` after such a start too. Nothing is
+    synced to a disk, and the input is in the page cache as far as it fits. Files go to --folder: memory where there is
+    a file system in it.
 
     \b
     apply      a plain checkpoint
@@ -93,7 +94,7 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
     target = source.with_stem("result")
     wnconvert = [*WNCONVERT, verb, source, "-o", target, "--quiet"]
     commands: dict[str, Sequence[str | Path]] = {
-        "cp": ["cp", source, target],
+        "cp": processes.copy_after(IMPORT_TORCH, [source], target),
         "start": IMPORT_TORCH,
         "wnconvert": wnconvert,
     }
@@ -101,12 +102,11 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
         commands["wnconvert --no-verify"] = [*wnconvert, "--no-verify"]
     if peer:
         commands["torch"] = [*_PEERS, verb, source, target]
-    found = processes.compare(
-        commands, options["runs"], lambda: target.unlink(missing_ok=True), settle=processes.SETTLE
-    )
+    memory = source.stat().st_size
+    found = processes.compare(commands, options["runs"], lambda: target.unlink(missing_ok=True), memory=memory)
     target.unlink(missing_ok=True)
     start = found.pop("start")
-    lines = {name: Line(name, summary, None if name == "cp" else start) for name, summary in found.items()}
+    lines = {name: Line(name, summary, start) for name, summary in found.items()}
     print_table(title, list(lines.values()), {"cp": lines["cp"], "torch": lines.get("torch")})
 
 

@@ -84,13 +84,14 @@ def _measure(place: Path, size: float, peers: Sequence[str], options: dict[str, 
     for name in peers:
         commands[name] = [PYTHON, HERE / "peers.py", name, source, target]
         starts[f"start {name}"] = [PYTHON, "-c", f"import {name}"]
-    copy = ["cp", source, source.with_name(f"{source.name}.data"), target.parent]
+    data = source.with_name(f"{source.name}.data")
+    copy = processes.copy_after(IMPORT_TORCH, [source, data], target.parent)
 
     def clean() -> None:
         for path in [*target.parent.iterdir(), *place.glob("*/beside*")]:
             path.unlink()
 
-    found = processes.compare({"cp": copy, **starts, **commands}, options["runs"], clean, settle=processes.SETTLE)
+    found = processes.compare({"cp": copy, **starts, **commands}, options["runs"], clean, memory=data.stat().st_size)
     clean()
     _print(f"{size:g} GB in {layers} layers", found, peers)
     for path in place.glob("*/*"):
@@ -113,7 +114,7 @@ def _print(title: str, found: dict[str, Summary], peers: Sequence[str]) -> None:
     for name, summary in found.items():
         if not name.startswith("start "):
             start = found.get(f"start {name}", found["start wnconvert"])
-            lines[name] = Line(name, summary, None if name == "cp" else start)
+            lines[name] = Line(name, summary, start)
     print_table(title, list(lines.values()), {name: lines[name] for name in ("cp", *peers)})
 
 

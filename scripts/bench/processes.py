@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -26,14 +27,6 @@ PYTHON = sys.executable
 WNCONVERT = (PYTHON, "-m", "wnconvert")
 IMPORT_TORCH = (PYTHON, "-c", "import torch")
 HERE = Path(__file__).parent
-
-SETTLE = 4.0
-"""Seconds to wait before a command that writes large files.
-
-A virtual machine hands memory that was freed back to its host within a second or two, and asking for it again takes up
-to three times as long as copying into it. A command that writes at once would find the memory of the last result still
-there, and one that first starts an interpreter would not: after a pause none does.
-"""
 
 
 class Failed(SystemExit):
@@ -99,7 +92,7 @@ def compare(
     runs: int,
     clean: Callable[[], None] = lambda: None,
     *,
-    settle: float = 0,
+    memory: int = 0,
 ) -> dict[str, Summary]:
     """Run commands in turns.
 
@@ -107,16 +100,32 @@ def compare(
         commands: by name.
         runs: rounds that count; one before them does not.
         clean: called before every command, to remove what the last one wrote.
-        settle: seconds to wait after that.
+        memory: bytes to touch and give back after that, see `prime`.
     """
 
     def once(command: Sequence[str | Path]) -> Run:
         clean()
-        time.sleep(settle)
+        prime(memory)
         return run(command)
 
     functions = {name: functools.partial(once, command) for name, command in commands.items()}
     return {name: Summary.of(samples) for name, samples in in_turns(functions, runs).items()}
+
+
+def prime(size: int) -> None:
+    """Touch memory and give it back, in a process of its own.
+
+    A virtual machine hands memory that was freed back to its host within seconds, and asking for it again takes up to
+    three times as long as copying into it. Without this, the time of a command that writes a large file depends on how
+    much the one before it gave back, and how long ago.
+    """
+    if size:
+        run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, {size}, 4096): m[i] = 1"])
+
+
+def copy_after(start: Sequence[str], sources: Sequence[Path], target: Path) -> list[str | Path]:
+    """A command that starts as long as the others do, and then copies: see `prime`."""
+    return ["sh", "-c", f'{shlex.join(start)} && exec cp "$@"', "sh", *sources, target]
 
 
 @contextmanager

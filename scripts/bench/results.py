@@ -17,18 +17,17 @@ class Line:
     """One command.
 
     Attributes:
-        start: the process that imports torch and does nothing, which the ratios leave out. None for a command that is
-            no Python process.
+        start: the process that imports torch, or another package, and does nothing. The ratios leave it out.
     """
 
     name: str
     summary: Summary
-    start: Summary | None = None
+    start: Summary
 
     @property
     def work(self) -> float:
         """Seconds without the start of the process."""
-        return self.summary.seconds - (self.start.seconds if self.start else 0)
+        return self.summary.seconds - self.start.seconds
 
 
 def print_table(title: str, lines: Sequence[Line], peers: Mapping[str, Line | None]) -> None:
@@ -55,10 +54,10 @@ def ratio(line: Line, peer: Line | None) -> str:
 def _times(line: Line) -> Iterator[str]:
     yield f"{line.summary.seconds:.2f}"
     yield f"{line.summary.fastest:.2f}-{line.summary.slowest:.2f}"
-    yield f"{line.start.seconds:.2f}" if line.start else "-"
+    yield f"{line.start.seconds:.2f}"
 
 
 def _resources(line: Line) -> Iterator[str]:
     yield f"{line.summary.cpu:.2f}"
     yield f"{line.summary.peak:,.0f}"
-    yield f"{line.summary.peak - line.start.peak:,.0f}" if line.start else "-"
+    yield f"{line.summary.peak - line.start.peak:,.0f}"
