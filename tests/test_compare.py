@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ def test_no_distance_to_infinity_or_nan(value: float) -> None:
     assert ulp_distance(largest, special) is None
     assert not compare({"x": largest}, {"x": special}).within(1)
     assert compare({"x": special}, {"x": special.clone()}).identical
+
+
+@pytest.mark.parametrize(
+    "layout", [lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t.repeat_interleave(2, 1)[:, ::2]]
+)
+def test_large_tensors_are_compared_whole_in_any_layout(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.rand(1100, 1000) + 1
+    y = x.clone()
+    step = torch.finfo(torch.float32).eps
+    for place, steps in (((0, 0), 1), ((1099, 999), 5), ((1047, 3), -2), ((512, 77), 3)):
+        x[place] = 1.5
+        y[place] = 1.5 + steps * step
+
+    assert differing_bits(layout(x), y) == differing_bits(y, layout(x)) == 4
+    assert ulp_distance(layout(x), y) == ulp_distance(y, layout(x)) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from wnconvert import rows
+
+BLOCK = 1 << 20
+"""Elements compared at a time."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -20,7 +27,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def differing_bits(a: Tensor, b: Tensor) -> int:
     """Number of elements of two tensors of one shape and dtype that differ in any bit (NaN equals the same NaN)."""
-    return int((_as_bits(a) != _as_bits(b)).sum())
+    return sum(int((_as_bits(x) != _as_bits(y)).sum()) for x, y in _blocks(a, b))
 
 
 def ulp_distance(a: Tensor, b: Tensor) -> int | None:
@@ -28,9 +35,27 @@ def ulp_distance(a: Tensor, b: Tensor) -> int | None:
 
     None for tensors that are not floating, and where one side has NaN or infinity and the other has not.
     """
-    if not a.is_floating_point() or a.element_size() < 2 or bool((a.isfinite() != b.isfinite()).any()):
+    if not a.is_floating_point() or a.element_size() < 2:
         return None
-    return int((_ordered(a) - _ordered(b)).abs().max())
+    largest = 0
+    for x, y in _blocks(a, b):
+        if bool((x.isfinite() != y.isfinite()).any()):
+            return None
+        largest = max(largest, int((_ordered(x) - _ordered(y)).abs().max()))
+    return largest
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut both in the same way, in the order in which `a` lies in memory. What is compared is copied first."""
+    if a.layout != torch.strided or a.numel() <= BLOCK:
+        yield a, b
+        return
+    strides = a.stride()
+    order = sorted(range(a.dim()), key=lambda i: -strides[i])
+    a, b = a.permute(order), b.permute(order)
+    for start in range(0, a.numel(), BLOCK):
+        stop = min(start + BLOCK, a.numel())
+        yield from zip(rows.pieces(a, start, stop), rows.pieces(b, start, stop), strict=True)
 
 
 def _as_bits(t: Tensor) -> Tensor:
