@@ -197,12 +197,13 @@ def _require_carriable(path: Path, output: Path | None, target: Path) -> None:
 
 
 def _require_free(path: Path, target: Path, command: str, *, overwrite: bool) -> None:
-    source = _folder_of(path) or path
+    folder = _folder_of(path)
+    source = folder or path
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: the output would replace the input; choose another -o")
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; --overwrite replaces it")
-    if target.exists() and target.is_dir() != (_folder_of(path) is not None):
+    if target.exists() and target.is_dir() != (folder is not None):
         is_, becomes = ("folder", "file") if target.is_dir() else ("file", "folder")
         raise UsageError(f"{target} is a {is_}, and the result a {becomes}, which cannot replace it; choose another -o")
     if target.is_dir() and _reaches_into(source, target):

@@ -94,7 +94,7 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
     target = source.with_stem("result")
     wnconvert = [*WNCONVERT, verb, source, "-o", target, "--quiet"]
     commands: dict[str, Sequence[str | Path]] = {
-        "cp": processes.copy_after(IMPORT_TORCH, [source], target),
+        "cp": processes.copy_after_import([source], target),
         "start": IMPORT_TORCH,
         "wnconvert": wnconvert,
     }

@@ -85,7 +85,7 @@ def _measure(place: Path, size: float, peers: Sequence[str], options: dict[str, 
         commands[name] = [PYTHON, HERE / "peers.py", name, source, target]
         starts[f"start {name}"] = [PYTHON, "-c", f"import {name}"]
     data = source.with_name(f"{source.name}.data")
-    copy = processes.copy_after(IMPORT_TORCH, [source, data], target.parent)
+    copy = processes.copy_after_import([source, data], target.parent)
 
     def clean() -> None:
         for path in [*target.parent.iterdir(), *place.glob("*/beside*")]:

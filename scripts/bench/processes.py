@@ -123,9 +123,9 @@ def prime(size: int) -> None:
         run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, {size}, 4096): m[i] = 1"])
 
 
-def copy_after(start: Sequence[str], sources: Sequence[Path], target: Path) -> list[str | Path]:
-    """A command that starts as long as the others do, and then copies: see `prime`."""
-    return ["sh", "-c", f'{shlex.join(start)} && exec cp "$@"', "sh", *sources, target]
+def copy_after_import(sources: Sequence[Path], target: Path) -> list[str | Path]:
+    """A command that starts as long as one that imports torch, and then copies: see `prime`."""
+    return ["sh", "-c", f'{shlex.join(IMPORT_TORCH)} && exec cp "$@"', "sh", *sources, target]
 
 
 @contextmanager

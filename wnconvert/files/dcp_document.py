@@ -12,22 +12,19 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError
-from wnconvert.files import dcp_metadata, dcp_save, parts, tree
-from wnconvert.files import index as indices
+from wnconvert.files import dcp_metadata, dcp_save, tree
 from wnconvert.files.dcp_items import Items
 from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
-from wnconvert.files.finished import Written, mark_of, mark_of_inputs
+from wnconvert.files.finished import Written
+from wnconvert.files.folder import File, FolderDocument
 from wnconvert.files.magnitudes import of_tensors
-from wnconvert.files.parts import Part
-from wnconvert.ranks import ALONE, Ranks
 from wnconvert.sites import RowCounts
 from wnconvert.walk.arch import walker_for
-from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
-    from wnconvert.files import Document, ReadOptions
-    from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+    from wnconvert.files import ReadOptions
+    from wnconvert.report.model import MagnitudeStatistics
 
 Path_ = tuple[Any, ...]
 
@@ -44,13 +41,12 @@ def read(path: Path, options: ReadOptions) -> DcpDocument:
     return document
 
 
-class DcpDocument:
+class DcpDocument(FolderDocument):
     """One open folder. See `Document`."""
 
     format = "dcp"
 
     def __init__(self, folder: Path, metadata: Metadata, options: ReadOptions) -> None:
-        self._folder = folder
         self._metadata = metadata
         self._items = Items(folder, metadata)
         self._paths = _paths(metadata)
@@ -59,15 +55,14 @@ class DcpDocument:
         entries = list(self._entries())
         others = self._of_optimizers() - self._dropped
         self._weights = [entry for entry in entries if entry.name not in others]
-        self.carrier = StateDictCarrier(
+        carrier = StateDictCarrier(
             self._weights,
             others=[entry for entry in entries if entry.name in others],
             walker=walker_for(options.arch, folder),
             streamed=True,
         )
-        self.notes = list(self._notes())
-        self._watcher = SILENT
-        self._crew = ALONE
+        super().__init__(folder, carrier)
+        self.notes += self._notes()
 
     def has_weights(self) -> bool:
         """Whether it holds anything but optimizer state."""
@@ -81,44 +76,23 @@ class DcpDocument:
         """Every tensor of its networks by its flat name."""
         return {entry.name: entry.load() for entry in self.carrier.entries()}
 
-    def join(self, crew: Ranks) -> None:
-        """See `Shared.join`."""
-        self._crew = crew
+    def _own(self) -> Sequence[str]:
+        return dcp_metadata.NAME, *sorted(self._items.files())
 
-    def watch(self, watcher: Watcher) -> None:
-        """See `Watched.watch`."""
-        self._watcher = watcher
-
-    def save(self, folder: Path, name: str) -> None:
-        """See `Document.save`. Files that do not belong to the checkpoint are copied."""
-        indices.require_outside(folder, self._folder)
-        target = folder / name
-        target.mkdir(exist_ok=True)
-        plan = self._plan()
-        inputs = mark_of_inputs(self._folder / name for name in (dcp_metadata.NAME, *sorted(self._items.files())))
-        todo = {
-            file: Part(
-                target / file,
-                (self._folder / file).stat().st_size,
-                functools.partial(_mark, records, inputs),
-                functools.partial(self._write, target / file, file, records),
-            )
-            for file, records in plan.files.items()
+    def _files(self) -> dict[str, File]:
+        return {
+            file: File(functools.partial(map, Record.described, records), functools.partial(self._write, file, records))
+            for file, records in self._plan().files.items()
         }
-        written = parts.write(folder, todo, self._crew)
-        for of_file in written.values():
-            self._settle(of_file.outcomes)
-        self._crew.first(lambda: self._finish(target, {file: of_file.places for file, of_file in written.items()}))
 
-    def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
-        """None: a checkpoint cannot be run."""
-        return None
+    def _describe(self, target: Path, written: Mapping[str, Written]) -> None:
+        dcp_save.describe(target, self._plan(), {file: of_file.places for file, of_file in written.items()})
 
     def _plan(self) -> Plan:
         source = Input(self._metadata, self._items, self._weights, frozenset(self._dropped), self._paths)
         return Plan(source, self.carrier.slots())
 
-    def _write(self, path: Path, file: str, records: Sequence[Record]) -> Written:
+    def _write(self, file: str, records: Sequence[Record], path: Path) -> Written:
         settled: dict[str, RowCounts | str] = {}
         while True:
             outcomes, places = dcp_save.write(path, records, self._watcher)
@@ -128,14 +102,6 @@ class DcpDocument:
                 return Written(settled, places)
             # Which weights can be split shows when their values are read: once more where one could not.
             records = self._plan().files[file]
-
-    def _settle(self, outcomes: Mapping[str, RowCounts | str]) -> None:
-        for site, outcome in outcomes.items():
-            self.carrier.settle(site, outcome)
-
-    def _finish(self, target: Path, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:
-        indices.copy_others(self._folder, target, self._items.files() | {dcp_metadata.NAME})
-        dcp_save.describe(target, self._plan(), places)
 
     def _entries(self) -> Iterator[Entry]:
         for name, described in self._metadata.state_dict_metadata.items():
@@ -164,10 +130,6 @@ class DcpDocument:
                 f"optimizer state at {where} is kept but refers to parameters that changed; "
                 "--optimizer drop leaves it out"
             )
-
-
-def _mark(records: Sequence[Record], inputs: int) -> str:
-    return mark_of(inputs, (record.described() for record in records))
 
 
 def _paths(metadata: Metadata) -> dict[str, Path_]:

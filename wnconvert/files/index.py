@@ -42,7 +42,7 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         # A lone surrogate is valid in JSON text but cannot be written back.
-        _text(index).encode("utf-8")
+        json.dumps(index, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged: no JSON: {str(error).splitlines()[0]}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None
@@ -119,11 +119,7 @@ def rewritten(
 
 def write(path: Path, index: Mapping[str, Any]) -> None:
     """Write an index as transformers does."""
-    path.write_text(_text(index), encoding="utf-8")
-
-
-def _text(index: Mapping[str, Any]) -> str:
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def require_outside(staging: Path, folder: Path) -> None:

@@ -30,5 +30,5 @@ def statistics(g: NDArray[Any]) -> MagnitudeStatistics | None:
 
 def of_tensors(magnitudes: Iterable[tuple[str, Tensor]]) -> dict[str, MagnitudeStatistics]:
     """Describe the values of magnitudes by name. Those without values are left out."""
-    found = ((name, statistics(g.detach().double().numpy())) for name, g in magnitudes)
+    found = ((name, statistics(g.detach().cpu().double().numpy())) for name, g in magnitudes)
     return {name: described for name, described in found if described is not None}

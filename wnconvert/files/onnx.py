@@ -13,7 +13,7 @@ from onnx import ModelProto
 from wnconvert.carriers.onnx import OnnxCarrier
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import Document, ReadOptions, onnx_stream
-from wnconvert.files.magnitudes import statistics
+from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.onnx_outputs import compare
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 from wnconvert.watch import SILENT, Watcher
@@ -87,8 +87,7 @@ class OnnxDocument:
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """Statistics of g by site name."""
-        found = {name: statistics(g.numpy()) for name, g in self.carrier.magnitudes().items()}
-        return {name: described for name, described in found.items() if described is not None}
+        return of_tensors(self.carrier.magnitudes().items())
 
     def save(self, folder: Path, name: str) -> None:
         """Write the model into a staging folder inside the folder it will be in.

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from wnconvert.carriers.program import ProgramCarrier
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import pt2_load, torch_load
-from wnconvert.files.magnitudes import statistics
+from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.pt2_outputs import compare
 
 if TYPE_CHECKING:
@@ -50,13 +50,8 @@ class Pt2Document:
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
-        found = {}
-        for site in self.carrier.sites("torch"):
-            if site.state == "split" and not site.skip:
-                described = statistics(self.carrier.read_pair(site)[0].double().cpu().numpy())
-                if described is not None:
-                    found[site.name] = described
-        return found
+        split = (site for site in self.carrier.sites("torch") if site.state == "split" and not site.skip)
+        return of_tensors((site.name, self.carrier.read_pair(site)[0]) for site in split)
 
     def save(self, folder: Path, name: str) -> None:
         """See `Document.save`."""

@@ -72,7 +72,7 @@ class ShardedDocument(ShardsDocument):
         """Every tensor by its key."""
         return {entry.name: entry.load() for entry in self.carrier.entries()}
 
-    def _write(self, path: Path, shard: str) -> Written:
+    def _write(self, shard: str, path: Path) -> Written:
         portion = self._portions[shard]
         output = Output(path, self._shards[shard].metadata, portion.entries)
         return Written(streamed.write(output, portion, self._watcher))

@@ -80,7 +80,7 @@ class TorchShardedDocument(ShardsDocument):
         """Every tensor by its key."""
         return {entry.name: entry.load().clone() for entry in self.carrier.entries()}
 
-    def _write(self, path: Path, shard: str) -> Written:
+    def _write(self, shard: str, path: Path) -> Written:
         held = self._shards[shard]
         maps = [held.opened] if isinstance(held.opened, TorchMap) else []
         job = torch_save.Job({path: held.root}, held.tree, self._portions[shard], maps)

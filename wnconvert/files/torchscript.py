@@ -25,7 +25,7 @@ from wnconvert.carriers.torchscript.archive import Archive
 from wnconvert.carriers.torchscript.carrier import NO_MOBILE_FOLD
 from wnconvert.errors import UsageError, VerificationError
 from wnconvert.files import torchscript_run
-from wnconvert.files.magnitudes import statistics
+from wnconvert.files.magnitudes import of_tensors
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 
 if TYPE_CHECKING:
@@ -69,13 +69,8 @@ class TorchScriptDocument:
 
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """See `Document.magnitudes`."""
-        found = {}
-        for site in self.carrier.sites("torch"):
-            if site.state == "split":
-                described = statistics(self.carrier.read_pair(site)[0].double().numpy())
-                if described is not None:
-                    found[site.name] = described
-        return found
+        split = (site for site in self.carrier.sites("torch") if site.state == "split")
+        return of_tensors((site.name, self.carrier.read_pair(site)[0]) for site in split)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its state dict."""
