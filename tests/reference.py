@@ -25,6 +25,24 @@ def ulp(a: Tensor, b: Tensor) -> int:
     return int((x - y).abs().max()) if x.numel() else 0
 
 
+def once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 rounded once, to nearest, ties to even: the nearest of three values, since torch's own is off by one."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    size, close = x.abs(), bits(x.abs().to(dtype)).int()
+    found, least = torch.zeros_like(close), torch.full_like(size, torch.inf)
+    beyond = 2.0**16 if dtype == torch.float16 else 2.0**128
+    for step in (-1, 0, 1):
+        candidate = (close + step).clamp(0, int(bits(torch.tensor(torch.inf, dtype=dtype))))
+        value = candidate.short().view(dtype).double()
+        # What is as far beyond the largest value as that is beyond the one below it rounds to infinity.
+        away = (size - torch.where(value.isinf(), beyond, value)).abs()
+        better = (away < least) | ((away == least) & (candidate % 2 == 0))
+        found, least = torch.where(better, candidate, found), torch.where(better, away, least)
+    rounded = found.short().view(dtype)
+    return torch.where(x.isfinite(), torch.copysign(rounded, x.to(dtype)), x.to(dtype))
+
+
 def norm(v: Tensor, kept: tuple[int, ...] | None) -> Tensor:
     """Float64 norm over all axes but the kept ones; None for all axes, 0-d."""
     v = v.double()
@@ -37,4 +55,4 @@ def norm(v: Tensor, kept: tuple[int, ...] | None) -> Tensor:
 def fold(g: Tensor, v: Tensor, kept: tuple[int, ...] | None) -> Tensor:
     """The contract in one line: v where g is its rounded norm, else the float64 value rounded once."""
     n = norm(v, kept)
-    return torch.where(n.to(g.dtype) == g, v, (g.double() * v.double() / n).to(v.dtype))
+    return torch.where(once(n, g.dtype) == g, v, once(g.double() * v.double() / n, v.dtype))

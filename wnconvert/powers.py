@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wnconvert.errors import NotSplittable
+from wnconvert.rounding import once
 
 # Norms whose squares neither under- nor overflow where a runtime computes them. Half types are widened to float32
 # before they are squared (torch, ONNX Runtime), so float16 cannot leave the range.
@@ -39,8 +40,8 @@ def factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
 
 
-def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Recognise rows that `split` scaled: `w` is `v * 2**k` exactly. Returns k per row, 0 for all others.
+def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Recognise rows that `split` scaled: `w` is `v * 2**k` exactly. Returns k per row, 0 for others, None if none is.
 
     Such a row has a `g` outside the safe range, `||v||` in [1, 2], and `g` is the rounded value of `||v|| * 2**k`. The
     largest such k is the right one: where `g` is subnormal a smaller one may round to the same `g`, but stands for a
@@ -49,13 +50,13 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     low, high = SAFE_NORM[dtype]
     size = g.double().abs()
     candidate = (g > 0) & ((size < low) | (size > high)) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
-    power = torch.zeros_like(norm)
     if not bool(candidate.any()):
-        return power
+        return None
+    power = torch.zeros_like(norm)
     nearest = (torch.frexp(size).exponent - torch.frexp(norm).exponent).double()
     for offset in (-1, 0, 1):
         k = nearest + offset
-        power = torch.where(candidate & (ldexp(norm, k).to(g.dtype) == g), k, power)
+        power = torch.where(candidate & (once(ldexp(norm, k), g.dtype) == g), k, power)
     return power
 
 

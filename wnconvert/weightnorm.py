@@ -1,34 +1,35 @@
 """The arithmetic of weight normalization, `w = g * v / ||v||` (Salimans & Kingma 2016, arXiv 1602.07868, eq. 2).
 
-This is the only file that computes a norm. `split` and `fold` are exact inverses, bit for bit:
+`split` and `fold` are exact inverses, bit for bit:
 
 - `g` is the norm computed in float64 and rounded once; `v` is `w` itself.
 - `fold` computes `g * v / ||v||` in float64 and rounds once. Where `g` still is the rounded norm of `v`, nothing has
   trained and the row is `v` itself.
 
-That needs one norm that never changes: squares are added in a fixed tree over the logical order of the elements, with
-elementwise additions only. Memory layout, block size, number of threads and device cannot change its bits.
+That needs one norm that never changes, see `norms`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wnconvert import checks, eager, powers, rows, sums
+from wnconvert import checks, eager, half_types, norms, powers, rows
 from wnconvert.checks import DTYPES
 from wnconvert.directions import Direction, signed
 from wnconvert.errors import NotSplittable, UsageError
+from wnconvert.rounding import HALF, once
 from wnconvert.sites import Axis, RowCounts, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
 BLOCK = 1 << 19
-"""Elements worked on at a time: 4 MB in float64, which stays in the cache and outweighs the calls into torch."""
+"""Elements worked on at a time: few enough to stay in the cache, and enough to outweigh the calls into torch."""
+
+SCRATCH = 2 * BLOCK + half_types.SPARE
+"""Elements of float64 memory to work in that suffice for a block."""
 
 
 def split(
@@ -72,19 +73,19 @@ def split(
         raise UsageError(f"{groups} groups do not divide a weight of shape {list(w.shape)}")
     w = w.detach()
     view, kept, g_shape = rows.by_rows(w, axis, groups)
-    norms = _norms(view, kept, block, scratch)
-    g, changed = slab_magnitudes(norms, g_dtype or w.dtype, w.dtype, first)
+    lengths = norms.of_rows(view, kept, block, _scratch(w, block, scratch))
+    g, changed = slab_magnitudes(lengths, g_dtype or w.dtype, w.dtype, first)
     v = w
     if changed and view.numel():
         v = w if overwrite else w.clone(memory_format=torch.preserve_format)
         target = rows.by_rows(v, axis, groups)[0]
         for row in changed:
             index = rows.row_index(row, view.shape[:kept])
-            if norms[row] == 0:
+            if lengths[row] == 0:
                 (direction,) = Direction(name, first + row, view[index].numel()).pieces(view[index].numel())
                 target[index] = signed(direction, view[index])
             else:
-                target[index] = powers.scaled_direction(view[index], float(norms[row]), first + row)
+                target[index] = powers.scaled_direction(view[index], float(lengths[row]), first + row)
     return g.reshape(g_shape), v
 
 
@@ -126,7 +127,7 @@ def fold(
     out = rows.by_rows(w, axis, groups)[0]
     scratch, done = _scratch(v, block, scratch), 0
     for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
-        norm = _norm(part, kept, scratch)
+        norm = norms.of_part(part, kept, scratch)
         magnitude = g[done : done + norm.numel()]
         checks.require_directions(norm, magnitude, name, first + done)
         _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
@@ -138,81 +139,45 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     """Raise the `PairError` that `fold` would raise, without making the weight."""
     groups, axis = checks.open_pair(g, v, name)
     view, kept, _ = rows.by_rows(v.detach(), axis, groups)
-    checks.require_directions(_norms(view, kept, BLOCK), g.detach().reshape(-1), name)
+    lengths = norms.of_rows(view, kept, BLOCK, _scratch(view, BLOCK))
+    checks.require_directions(lengths, g.detach().reshape(-1), name)
 
 
-def _out_of_range(norms: Tensor, dtype: torch.dtype) -> list[int]:
+def _out_of_range(lengths: Tensor, dtype: torch.dtype) -> list[int]:
     """Rows that need another `v` than their own values."""
     low, high = powers.SAFE_NORM[dtype]
-    return cast("list[int]", ((norms == 0) | (norms < low) | (norms > high)).nonzero().flatten().tolist())
+    return cast("list[int]", ((lengths == 0) | (lengths < low) | (lengths > high)).nonzero().flatten().tolist())
 
 
-def slab_norms(read: Callable[[int, int], Tensor], columns: int, dtype: torch.dtype, *, width: int) -> Tensor:
-    """The float64 norms of some rows, bit for bit, that are read a few columns at a time.
-
-    Args:
-        read: gives a new float64 tensor `[rows, stop - start]` with the columns `start..stop` of the rows.
-        columns: of the rows.
-        dtype: of the weight.
-        width: columns to read at a time.
-    """
-    exponent: Tensor | None = None
-    if dtype == torch.float64:
-        largest = torch.zeros((), dtype=dtype)
-        for start in range(0, columns, width):
-            x = read(start, min(start + width, columns))
-            largest = torch.maximum(largest, torch.maximum(x.amax(1), -x.amin(1)))
-        exponent = powers.exponents(largest.reshape(-1, 1), 1).reshape(-1, 1)
-    totals = torch.empty(0, dtype=torch.float64)
-    for i, start in enumerate(range(0, columns, rows.SEGMENT)):
-        total = _segment_total(read, start, min(start + rows.SEGMENT, columns), exponent, width)
-        if not i:
-            # Made once: small tensors that stay would scatter the large ones between them over the heap.
-            totals = torch.empty(total.shape[0], -(-columns // rows.SEGMENT), dtype=torch.float64)
-        totals[:, i] = total
-    norm = sums.tree(totals).sqrt()
-    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
-
-
-def _segment_total(
-    read: Callable[[int, int], Tensor], start: int, stop: int, exponent: Tensor | None, width: int
-) -> Tensor:
-    def squares(first: int, last: int) -> Tensor:
-        x = read(start + first, start + last)
-        return (x if exponent is None else powers.ldexp(x, -exponent)).square_()
-
-    return sums.tree_by_pieces(squares, stop - start, width)
-
-
-def slab_magnitudes(norms: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
+def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
     """What `split` makes of the norms of some rows: `g` as one axis, and the rows that need another `v`.
 
     Raises:
         NotSplittable: see `split`.
     """
-    checks.require(norms.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
-    g = norms.to(g_dtype)
+    checks.require(lengths.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
+    g = once(lengths, g_dtype)
     # A wider g could hold more, but `fold` takes no magnitude that v's dtype cannot hold.
     finite = g.isfinite() & g.to(dtype).isfinite()
     checks.require(finite, NotSplittable, f"the norm of row {{}} overflows {str(dtype).removeprefix('torch.')}", first)
-    return g, _out_of_range(norms, dtype)
+    return g, _out_of_range(lengths, dtype)
 
 
-def require_slab(g: Tensor, norms: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:
+def require_slab(g: Tensor, lengths: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:
     """Raise the `PairError` that `fold` would raise for rows with these norms."""
     checks.require_magnitudes(g, dtype, name, first)
-    checks.require_directions(norms, g, name, first)
+    checks.require_directions(lengths, g, name, first)
 
 
-def fold_slab(g: Tensor, v: Tensor, norms: Tensor) -> None:
+def fold_slab(g: Tensor, v: Tensor, lengths: Tensor) -> None:
     """Put the folded columns `v`, some columns of rows with these norms, into `v` itself.
 
     Args:
         g: as one axis.
         v: `[rows, ...]`.
-        norms: of the whole rows, as one axis.
+        lengths: norms of the whole rows, as one axis.
     """
-    _fold_part(g, v, norms, v, kept=1, scratch=_scratch(v, v.numel()))
+    _fold_part(g, v, lengths, v, kept=1, scratch=_scratch(v, v.numel()))
 
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
@@ -301,71 +266,44 @@ def _has_exact_norm(v: Tensor) -> bool:
 def _norm_like(norm: Tensor, v: Tensor, reduced: tuple[int, ...] | None) -> Tensor:
     kept = None if reduced is None else tuple(i for i in range(v.dim()) if i not in reduced)
     view, count, _ = rows.by_rows(v.detach(), kept, 1)
-    return _norms(view, count, BLOCK).reshape(norm.shape)
+    return norms.of_rows(view, count, BLOCK, _scratch(view, BLOCK)).reshape(norm.shape)
 
 
 def _scratch(w: Tensor, block: int, given: Tensor | None = None) -> Tensor:
     """One float64 buffer for all the work: fresh memory for every block would scatter over the heap and add up."""
-    size = max(min(block, w.numel()), rows.SEGMENT)
+    size = 2 * max(min(block, w.numel()), rows.SEGMENT) + half_types.SPARE
     return torch.empty(size, dtype=torch.float64, device=w.device) if given is None or given.numel() < size else given
-
-
-def _norms(view: Tensor, kept: int, block: int, scratch: Tensor | None = None) -> Tensor:
-    """The float64 norms of all rows, in order, as one axis."""
-    norms = torch.empty(math.prod(view.shape[:kept]), dtype=torch.float64, device=view.device)
-    scratch, first = _scratch(view, block, scratch), 0
-    for part in rows.parts(view, kept, block):
-        norm = _norm(part, kept, scratch)
-        norms[first : first + norm.numel()] = norm
-        first += norm.numel()
-    return norms
-
-
-def _norm(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
-    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`."""
-    count = math.prod(part.shape[:kept])
-    columns = part.numel() // count
-    if columns == 0:
-        return torch.zeros(count, dtype=torch.float64, device=part.device)
-    # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
-    exponent = powers.exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
-    totals = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
-    for i in range(totals.shape[1]):
-        start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
-        if count > 1:
-            shaped, segment = rows.workspace(scratch, part, kept)
-            shaped.copy_(part)
-        else:
-            segment = scratch[: stop - start].view(1, -1)
-            rows.copy_range(part, start, stop, segment[0])
-        if exponent is not None:
-            segment.copy_(powers.ldexp(segment, -exponent))
-        totals[:, i] = sums.tree(segment.square_())
-    norm = sums.tree(totals).sqrt()
-    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
 
 
 def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
     """Write the folded rows of one part into `out`, a piece at a time if it is one long row. Overwrites `scratch`."""
-    fresh = norm.to(g.dtype) == g
+    fresh = once(norm, g.dtype) == g
     if bool(fresh.all()):
         # The result may go into v itself.
         if out.data_ptr() != v.data_ptr():
             out.copy_(v)
         return
-    multiply, divide = _factors(g, norm, v.dtype, fresh)
-    # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
-    wide = (multiply.abs() > 2.0**400) | (divide > 2.0**400) | (divide < 2.0**-400)
-    extreme = v.dtype == torch.float64 and bool(wide.any())
-    count = norm.numel()
-    shape = (*v.shape[:kept], *(1,) * (v.dim() - kept)) if count > 1 else ()
-    multiply, divide, wide = (t.reshape(shape) for t in (multiply, divide, wide))
-    step = max(v.numel(), 1) if count > 1 else rows.SEGMENT
+    factor, divisor = _factors(g, norm, v.dtype, fresh)
+    single = norm.numel() == 1
+    step = rows.SEGMENT if single else max(v.numel(), 1)
     for start in range(0, v.numel(), step):
         stop = min(start + step, v.numel())
         for x, y in zip(rows.pieces(v, start, stop), rows.pieces(out, start, stop), strict=True):
-            w = rows.workspace(scratch, x, kept if count > 1 else 0)[0].copy_(x).mul_(multiply).div_(divide)
-            y.copy_(torch.where(wide, multiply * (x / divide), w) if extreme else w)
+            _multiply(x, factor, divisor, y, kept=0 if single else kept, scratch=scratch)
+
+
+def _multiply(x: Tensor, factor: Tensor, divisor: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
+    """Write `x * factor / divisor`, computed in float64 and rounded once, into `out`. Both are per row, as one axis."""
+    if x.dtype in HALF and half_types.multiply(x, factor, divisor, out, kept=kept, scratch=scratch):
+        return
+    factor, divisor = (t.reshape((*x.shape[:kept], *(1,) * (x.dim() - kept))) for t in (factor, divisor))
+    w = rows.workspace(scratch, x, kept)[0].copy_(x).mul_(factor).div_(divisor)
+    if x.dtype == torch.float64:
+        # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
+        wide = (factor.abs() > 2.0**400) | (divisor > 2.0**400) | (divisor < 2.0**-400)
+        if bool(wide.any()):
+            w = torch.where(wide, factor * (x / divisor), w)
+    out.copy_(once(w, x.dtype) if x.dtype in HALF else w)
 
 
 def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,8 +312,9 @@ def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tupl
     - Where `g` is the rounded norm, nothing has trained: `(1, 1)`. That includes rows of zeros.
     - Where `split` scaled `v` by a power of two: that power, taken back.
     """
+    multiply, divide = g.double(), norm
     power = powers.recognise(g, norm, dtype)
-    first, second = powers.factors(power)
-    multiply = torch.where(power != 0, first, g.double())
-    divide = torch.where(power != 0, 1 / second, norm)
+    if power is not None:
+        first, second = powers.factors(power)
+        multiply, divide = torch.where(power != 0, first, multiply), torch.where(power != 0, 1 / second, divide)
     return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wnconvert import directions, powers, weightnorm
+from wnconvert import directions, norms, powers, weightnorm
 from wnconvert.stream.pieces import SLAB, Slab
 from wnconvert.stream.plan import Fold, Pair, Place, Split, Stored
 from wnconvert.stream.workspace import Workspace, torch_dtype
@@ -21,25 +21,25 @@ def fold(task: Fold, slab: Slab, space: Workspace) -> None:
 
 def folded(pair: Pair, slab: Slab, space: Workspace, role: str = "v") -> Iterator[tuple[int, Tensor]]:
     """Yield the folded rows of a slab, a part at a time, each with the number of its first element in the weight."""
-    norms = _norms(pair.v, slab, space)
+    lengths = _norms(pair.v, slab, space)
     g = space.read(f"g of {role}", pair.g, slab.row, (slab.rows,))
-    weightnorm.require_slab(g, norms, torch_dtype(pair.v.dtype), name=pair.name, first=slab.row)
+    weightnorm.require_slab(g, lengths, torch_dtype(pair.v.dtype), name=pair.name, first=slab.row)
     for at, values in parts(pair.v, slab, space, role):
-        weightnorm.fold_slab(g, values.transpose(0, 1), norms)
+        weightnorm.fold_slab(g, values.transpose(0, 1), lengths)
         yield at, values
 
 
 def split(task: Split, slab: Slab, space: Workspace) -> Tensor:
     """Write the halves of the rows of a slab that are wanted, and return the magnitudes."""
-    norms = _norms(task.weight, slab, space)
+    lengths = _norms(task.weight, slab, space)
     dtype = torch_dtype(task.weight.dtype)
-    g, changed = weightnorm.slab_magnitudes(norms, torch_dtype(task.g_dtype), dtype, slab.row)
+    g, changed = weightnorm.slab_magnitudes(lengths, torch_dtype(task.g_dtype), dtype, slab.row)
     space.write(task.g, slab.row, g)
     if task.v is not None:
         for at, values in parts(task.weight, slab, space, "v"):
             space.write(task.v, at, values)
         for row in changed:
-            _change_row(task, task.v, slab, space, row=row, norm=float(norms[row]))
+            _change_row(task, task.v, slab, space, row=row, norm=float(lengths[row]))
     return g
 
 
@@ -79,7 +79,7 @@ def _norms(stored: Stored, slab: Slab, space: Workspace) -> Tensor:
             target.copy_(values.transpose(1, 2))
         return out.t()
 
-    return weightnorm.slab_norms(read, slab.columns, torch_dtype(stored.dtype), width=width)
+    return norms.of_columns(read, slab.columns, torch_dtype(stored.dtype), width=width)
 
 
 def _columns(stored: Stored, slab: Slab, start: int, stop: int, space: Workspace) -> Iterator[tuple[int, Tensor]]:

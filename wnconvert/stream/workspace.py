@@ -28,7 +28,7 @@ class Workspace:
     def __init__(self, files: Files) -> None:
         self.files = files
         # Memory that was given back and taken again for every piece would be cleared by the kernel each time.
-        self.scratch = _memory(weightnorm.BLOCK * torch.float64.itemsize).view(torch.float64)
+        self.scratch = _memory(weightnorm.SCRATCH * torch.float64.itemsize).view(torch.float64)
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, role: str, size: int) -> Tensor:

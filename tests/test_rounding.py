@@ -1,0 +1,191 @@
+"""Half types are rounded once, also next to the middle between two values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import reference
+from wnconvert import half_types, weightnorm
+from wnconvert.errors import NotSplittable
+from wnconvert.rounding import once
+
+HALF = (torch.float16, torch.bfloat16)
+dtypes = pytest.mark.parametrize("dtype", HALF)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def by_formula(patch: pytest.MonkeyPatch, g: Tensor, v: Tensor) -> Tensor:
+    with patch.context() as without:
+        without.setattr(half_types, "multiply", lambda *_, **__: False)
+        return weightnorm.fold(g, v)
+
+
+class Taken:
+    """Counts the parts that float32 decided, and those that it did not."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.counts = [0, 0]
+        multiply = half_types.multiply
+
+        def counted(*args: Any, **options: Any) -> bool:
+            done = multiply(*args, **options)
+            self.counts[not done] += 1
+            return done
+
+        patch.setattr(half_types, "multiply", counted)
+
+
+# --- rounding once ----------------------------------------------------------------------------------------------------
+
+
+def hard_values(dtype: torch.dtype) -> Tensor:
+    """Middles between two values, what lies next to them, and the edges of the format."""
+    info = torch.finfo(dtype)
+    all_values = torch.arange(0x7FFF, dtype=torch.int16).view(dtype).double()
+    finite = all_values[all_values.isfinite()]
+    middles = torch.cat([(finite[1:] + finite[:-1]) / 2, torch.tensor([info.max + (info.max - finite[-2].item()) / 2])])
+    near = [middles * (1 + sign * 2.0**-k) for k in range(20, 53) for sign in (-1, 1)]
+    values = torch.cat([finite, middles, *near, torch.tensor([5e-324, 1e-320, 1e300, math.inf])])
+    return torch.cat([values, -values])
+
+
+@dtypes
+def test_float64_is_rounded_once(dtype: torch.dtype) -> None:
+    values = hard_values(dtype)
+    assert reference.same_bits(once(values, dtype), reference.once(values, dtype))
+    # torch's own goes by way of float32, so this test could not tell it apart if it had no values to do so.
+    assert not reference.same_bits(values.to(dtype), reference.once(values, dtype))
+    assert once(torch.tensor([math.nan], dtype=torch.float64), dtype).isnan().all()
+
+
+def test_float64_is_rounded_to_float16_as_numpy_does() -> None:
+    values = hard_values(torch.float16)
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(values.numpy().astype(np.float16))
+    assert reference.same_bits(once(values, torch.float16), expected)
+
+
+def test_a_trained_float16_weight_is_rounded_as_numpy_does() -> None:
+    v = torch.randn(2000, 512, generator=seeded(0)).half()
+    g = (v.double().norm(dim=1, keepdim=True) * 1.37).half()
+    exact = g.double() * v.double() / v.double().square().sum(1, keepdim=True).sqrt()
+    assert reference.same_bits(weightnorm.fold(g, v), torch.from_numpy(exact.numpy().astype(np.float16)))
+
+
+# --- float32 against the formula --------------------------------------------------------------------------------------
+
+
+@st.composite
+def directions(draw: st.DrawFn) -> tuple[Tensor, int | tuple[int, ...] | None]:
+    """Weights of any layout: of ordinary values, of few bits (whose products are often in the middle), with zeros."""
+    shape = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    generator = seeded(draw(st.integers(0, 2**20)))
+    dtype = draw(st.sampled_from(HALF))
+    w = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):
+        w = (w * 4).round() / 4
+    if draw(st.booleans()):
+        w = w * (torch.rand(shape, generator=generator) < 0.3)
+    if draw(st.booleans()):
+        w = w * torch.pow(2.0, torch.randint(-140, 4, shape, generator=generator).double())
+    w = (w * draw(st.sampled_from((1.0, 1e-3, 2.0**-14, 2.0**-60, 1e3)))).to(dtype)
+    order = draw(st.permutations(range(len(shape))))
+    w = w.permute(order).contiguous().permute([order.index(i) for i in range(len(shape))])
+    axis = draw(st.sampled_from([None, *range(len(shape)), *itertools.combinations(range(len(shape)), 2)]))
+    return w, axis
+
+
+@settings(deadline=None, max_examples=400)
+@given(directions(), st.sampled_from((0.5, 1.0, 1.5, 1.37, -3.0, 1e-6)), st.booleans(), st.integers(0, 2**20))
+def test_float32_gives_what_the_formula_gives(
+    found: tuple[Tensor, int | tuple[int, ...] | None], factor: float, wider: bool, seed: int
+) -> None:
+    w, axis = found
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            g, v = weightnorm.split(w, axis, g_dtype=torch.float32 if wider else None)
+        except NotSplittable:
+            return
+        trained = torch.rand(g.shape, generator=seeded(seed)) < 0.7
+        g = torch.where(trained, g.double() * factor, g.double()).to(g.dtype)
+        if not g.isfinite().all() or not g.to(v.dtype).isfinite().all():
+            return
+        assert reference.same_bits(weightnorm.fold(g, v), by_formula(patch, g, v))
+
+
+@pytest.mark.parametrize("across", [False, True])
+@dtypes
+def test_float32_is_not_trusted_next_to_the_middle(
+    dtype: torch.dtype, across: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each row, one element comes as near to the middle between two values as its magnitude allows."""
+    v = torch.randn(3000, 64, generator=seeded(1), dtype=torch.float64).to(dtype)
+    v = v.t().contiguous().t() if across else v
+    norm = v.double().square().sum(1, keepdim=True).sqrt()
+    step = torch.finfo(dtype).eps * torch.exp2((v[:, :1].double() * 1.3).abs().log2().floor())
+    middle = ((v[:, :1].double() * 1.3 / step).floor() + 0.5) * step
+    g = (middle * norm / v[:, :1].double()).float()
+    counted = Taken(monkeypatch)
+    result = weightnorm.fold(g, v)
+    assert counted.counts == [1, 0]
+    assert reference.same_bits(result, by_formula(monkeypatch, g, v))
+    assert reference.same_bits(result, reference.fold(g, v, (0,)))
+
+
+@dtypes
+def test_float32_decides_ordinary_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also such with zeros, and with rows of zeros whose magnitude is zero."""
+    v = torch.randn(512, 1000, generator=seeded(2)).to(dtype)
+    v[::3, ::7] = 0
+    v[5] = 0
+    g = (v.double().norm(dim=1, keepdim=True) * torch.rand(512, 1, generator=seeded(3), dtype=torch.float64)).to(dtype)
+    counted = Taken(monkeypatch)
+    result = weightnorm.fold(g, v)
+    assert counted.counts == [1, 0]
+    assert reference.same_bits(result, reference.fold(g, v, (0,)))
+
+
+@pytest.mark.parametrize("factor", [2.0**-41, 2.0**41])
+def test_factors_that_float32_may_not_hold_are_left_to_the_formula(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v = torch.randn(8, 50, generator=seeded(4)).bfloat16()
+    g = (v.double().norm(dim=1, keepdim=True) * factor).float()
+    counted = Taken(monkeypatch)
+    assert reference.same_bits(weightnorm.fold(g, v), reference.fold(g, v, (0,)))
+    assert counted.counts == [0, 1]
+
+
+@pytest.mark.parametrize("row_major", [True, False])
+def test_tiny_values_of_bfloat16_are_computed_in_float64(row_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, products of the smallest ones are rounded to fewer bits, and may come to lie in the middle."""
+    v = torch.randn(64, 1000, generator=seeded(5)).bfloat16()
+    v[:, ::50] = (v[:, ::50].double() * torch.exp2(-torch.linspace(76, 136, 20, dtype=torch.float64))).bfloat16()
+    v[:, 1::50] = 0
+    v = v if row_major else v.t().contiguous().t()
+    g = (v.double().norm(dim=1, keepdim=True) * 0.37).bfloat16()
+    counted = Taken(monkeypatch)
+    result = weightnorm.fold(g, v)
+    assert counted.counts == [1, 0]
+    assert reference.same_bits(result, reference.fold(g, v, (0,)))
+
+
+def test_a_weight_that_is_all_middles_is_left_to_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    v = torch.ones(64, 64).bfloat16()
+    g = torch.full((64, 1), 8.03125)
+    counted = Taken(monkeypatch)
+    result = weightnorm.fold(g, v)
+    assert counted.counts == [0, 1]
+    assert reference.same_bits(result, reference.fold(g, v, (0,)))
