@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -180,6 +183,21 @@ def test_tiny_values_of_bfloat16_are_computed_in_float64(row_major: bool, monkey
     result = weightnorm.fold(g, v)
     assert counted.counts == [1, 0]
     assert reference.same_bits(result, reference.fold(g, v, (0,)))
+
+
+@dtypes
+def test_where_the_library_is_imported_does_not_matter(dtype: torch.dtype) -> None:
+    """A tensor that a module makes for itself would be on the device that is the default at that moment."""
+    name = str(dtype)
+    code = f"""
+        import torch
+        with torch.device("meta"):
+            from wnconvert import weightnorm
+        v = torch.arange(1.0, 65.0).view(4, 16).to({name})
+        print(weightnorm.fold(torch.full((4, 1), 3.0), v).sum().isfinite().item())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_a_weight_that_is_all_middles_is_left_to_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

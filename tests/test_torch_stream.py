@@ -165,6 +165,7 @@ def test_checksums_combine() -> None:
     for _ in range(200):
         a, b = (chosen.randbytes(chosen.choice((0, 1, 7, 300, 70_000))) for _ in range(2))
         assert crc.combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+        assert crc.crc32(a + b) == crc.crc32(b, crc.crc32(a)) == zlib.crc32(a + b)
 
 
 _MEASURE = """

@@ -25,7 +25,6 @@ _RUN = 128
 
 _EPS = torch.finfo(torch.float32).eps
 _LEAST = torch.iinfo(torch.int32).min
-_MOVED = torch.tensor(_OFF << 16, dtype=torch.int32)
 
 SPARE = 3 * _RUN
 """Elements of memory beside those that a part needs."""
@@ -80,7 +79,8 @@ def _near_middles(products: Tensor, memory: Tensor) -> Tensor:
     """
     lower = memory[: products.numel()].view(torch.int32)
     # Moved up, so that what is near comes right after the least integer.
-    torch.add(_MOVED, products.view(torch.int32), alpha=1 << 16, out=lower)
+    moved = torch.tensor(_OFF << 16, dtype=torch.int32, device=products.device)
+    torch.add(moved, products.view(torch.int32), alpha=1 << 16, out=lower)
     limit = _LEAST + (2 * _OFF << 16)
     at = _expanded(lower.view(-1, _RUN).amin(1) <= limit)
     return at[lower[at] <= limit]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wnconvert.cli import options
+from wnconvert.cli.importing import unwatched
 from wnconvert.cli.outcome import Outcome, of_report, watching
 from wnconvert.ranks import Ranks
 from wnconvert.sites import Dim, Scheme
@@ -17,7 +18,8 @@ def convert(
     """Convert a file as the options say."""
     with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
-        from wnconvert import jobs
+        with unwatched():
+            from wnconvert import jobs
 
         job = jobs.Job(
             command,

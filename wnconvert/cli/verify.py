@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from wnconvert.cli import options
+from wnconvert.cli.importing import unwatched
 from wnconvert.cli.outcome import Outcome, printed, watching
 from wnconvert.errors import VerificationError
 from wnconvert.ranks import Ranks
@@ -32,7 +33,8 @@ def verify(a: Path, b: Path, crew: Ranks, **given: Any) -> Outcome:
     """
     with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
-        from wnconvert.compare import compare_files
+        with unwatched():
+            from wnconvert.compare import compare_files
 
         verdict = compare_files(a, b, options.read_options(given), watcher, crew)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from pathlib import Path
 
 from wnconvert import crc
@@ -28,7 +27,7 @@ class ChecksummedFiles(Files):
         super().write(path, start, data)
         if data.nbytes >= _SMALLEST:
             # While the data still is in the cache of the processor.
-            checksum = zlib.crc32(data)
+            checksum = crc.crc32(data)
             with self._noting:
                 self._written.setdefault(path, {})[start] = (data.nbytes, checksum)
 
@@ -48,6 +47,6 @@ def _read(path: Path, start: int, size: int) -> int:
         file.seek(start)
         buffer = memoryview(bytearray(min(size, _PIECE)))
         while size and (count := file.readinto(buffer[: min(size, _PIECE)])):
-            checksum = zlib.crc32(buffer[:count], checksum)
+            checksum = crc.crc32(buffer[:count], checksum)
             size -= count
     return checksum

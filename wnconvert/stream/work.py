@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wnconvert import bits, weightnorm
+from wnconvert import bits, crc, weightnorm
 from wnconvert.errors import NotSplittable
 from wnconvert.files.raw import Raw
 from wnconvert.sites import g_shape, pair_axis
@@ -83,7 +82,7 @@ def _blocks(source: Raw) -> Iterator[Raw]:
 
 
 def _checksum(source: Raw, space: Workspace) -> Sum:
-    return Sum(zlib.crc32(memory_of(space.read_bytes("v", source, 0, source.size))), source.size)
+    return Sum(crc.crc32(memory_of(space.read_bytes("v", source, 0, source.size))), source.size)
 
 
 def _copy(source: Raw, to: Place, space: Workspace) -> None:
