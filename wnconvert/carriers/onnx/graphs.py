@@ -157,13 +157,12 @@ class GraphIndex:
     def _add(self, scope: Scope, node: NodeProto) -> None:
         self.names.add(node.name)
         _require_text(node.op_type, node.domain, node.name, *node.input, *node.output)
-        inputs = [scope.find(name) for name in node.input if name]
-        for position, name in enumerate(node.input):
-            value = scope.find(name) if name else None
+        inputs = [(position, scope.find(name)) for position, name in enumerate(node.input) if name]
+        for position, value in inputs:
             if value is not None:
                 value.consumers.append(Consumer(scope, node, position))
         bodies = list(_bodies(node))
-        fixed = bool(inputs) and not bodies and all(value is not None and value.fixed for value in inputs)
+        fixed = bool(inputs) and not bodies and all(value is not None and value.fixed for _, value in inputs)
         tensor = attribute(node, "value") if is_op(node, "Constant") else None
         for name in node.output:
             if tensor is not None and name:
