@@ -94,6 +94,19 @@ def test_an_original_that_does_not_run_decides_nothing(tmp_path):
     assert "a.onnx could not be run" in check.note
 
 
+def test_a_model_of_too_many_nodes_is_not_run(tmp_path, monkeypatch):
+    original = layer(CASES[0])
+    split = applied(layer(CASES[0]))
+    nodes = len(split.graph.node)
+    sides = put(tmp_path, "a.onnx", original), put(tmp_path, "b.onnx", split)
+    monkeypatch.setattr(onnx_outputs, "MOST_NODES", nodes)
+    assert sides[0].compare_outputs(sides[1]).equal
+    monkeypatch.setattr(onnx_outputs, "MOST_NODES", nodes - 1)
+    check = sides[0].compare_outputs(sides[1])
+    assert check.equal is None
+    assert f"minutes to load {nodes} nodes" in check.note
+
+
 def test_a_crash_of_the_runtime_is_a_note(tmp_path, monkeypatch):
     script = tmp_path / "crash"
     script.write_text("#!/bin/sh\nkill -SEGV $$\n")
