@@ -2,8 +2,8 @@
 
 A product in float32 is off by at most one and a half of its last places: up to one for the rounding of the factor, and
 half of one for its own. It decides the rounding to a half type unless it lies that close to the middle between two
-values of that type. Those elements (one in thirteen thousand of bfloat16, one in some hundred of float16) are computed
-in float64.
+values of that type. Those elements (one in thirteen thousand of bfloat16, about one in a thousand of float16) are
+computed in float64.
 """
 
 from __future__ import annotations
