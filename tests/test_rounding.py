@@ -19,9 +19,8 @@ from torch import Tensor
 from tests import reference
 from wnconvert import half_types, weightnorm
 from wnconvert.errors import NotSplittable
-from wnconvert.rounding import once
+from wnconvert.rounding import HALF, once
 
-HALF = (torch.float16, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", HALF)
 
 
@@ -172,8 +171,10 @@ def test_factors_that_float32_may_not_hold_are_left_to_the_formula(
 
 
 @pytest.mark.parametrize("row_major", [True, False])
-def test_tiny_values_of_bfloat16_are_computed_in_float64(row_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, products of the smallest ones are rounded to fewer bits, and may come to lie in the middle."""
+def test_products_that_are_subnormal_in_float32_are_rounded_once(
+    row_major: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have fewer bits there, and may come to lie in the middle between two values of bfloat16."""
     v = torch.randn(64, 1000, generator=seeded(5)).bfloat16()
     v[:, ::50] = (v[:, ::50].double() * torch.exp2(-torch.linspace(76, 136, 20, dtype=torch.float64))).bfloat16()
     v[:, 1::50] = 0
