@@ -16,7 +16,8 @@ from tests.sharded import FORMATS, SHARDS, Sharded, contents
 from wnconvert import errors, files, jobs
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import lock, parts
-from wnconvert.files.finished import Finished, Written
+from wnconvert.files.finished import Finished
+from wnconvert.files.written import Written
 from wnconvert.jobs import Job
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,13 @@ from wnconvert.errors import NothingToDo
 from wnconvert.files import ReadOptions
 from wnconvert.ranks import ALONE, Ranks, shares
 from wnconvert.report.verdict import Comparison, Difference, Verdict
-from wnconvert.stream.plan import Compare, InFile, Pair, Stored
+from wnconvert.stream.plan import Checksum, Compare, InFile, Pair, Stored
 from wnconvert.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from wnconvert.stream.receipts import Receipts
 
 _Side: TypeAlias = "Callable[[], Tensor]"
 
@@ -69,7 +71,13 @@ def _compare_files(a: Path, b: Path, reading: ReadOptions, watcher: Watcher, cre
 
 
 def compare_weights(
-    a: Carrier, b: Carrier, *, match_prefix: bool = False, watcher: Watcher = SILENT, crew: Ranks = ALONE
+    a: Carrier,
+    b: Carrier,
+    *,
+    match_prefix: bool = False,
+    receipts: Receipts | None = None,
+    watcher: Watcher = SILENT,
+    crew: Ranks = ALONE,
 ) -> Comparison:
     """Compare every tensor of two networks, split weights multiplied back, one tensor in memory at a time,
     or a piece of one where both sides lie in files.
@@ -78,6 +86,7 @@ def compare_weights(
         a: one network.
         b: the other.
         match_prefix: take a leading prefix that all names of one side share off them where that makes more match.
+        receipts: where `b` was made of `a` just now, what was computed for it. What has a receipt is only read back.
         watcher: is shown each tensor.
         crew: the processes that all call this with the same networks, and each look at some of the tensors.
     """
@@ -94,16 +103,18 @@ def compare_weights(
     mine = set(shares(sizes, crew.count)[crew.rank])
     share = {name: sides for name, sides in pairs.items() if name in mine}
     compared: dict[str, Difference | None] = {}
-    for found in crew.together(lambda: _compare_each(share, watcher)):
+    for found in crew.together(lambda: _compare_each(share, watcher, receipts)):
         compared |= found
     result.differing = [difference for name in pairs if (difference := compared[name]) is not None]
     result.compared = len(compared) - sum(not difference.comparable for difference in result.differing)
     return result
 
 
-def _compare_each(pairs: Mapping[str, tuple[_Side, _Side]], watcher: Watcher) -> dict[str, Difference | None]:
+def _compare_each(
+    pairs: Mapping[str, tuple[_Side, _Side]], watcher: Watcher, receipts: Receipts | None
+) -> dict[str, Difference | None]:
     stored = [Compare(name, *found) for name, sides in pairs.items() if (found := _in_files(*sides)) is not None]
-    compared = _compare_stored(stored, watcher)
+    compared = _compare_stored(stored, watcher, receipts)
     for name in watcher.each([name for name in pairs if name not in compared]):
         x, y = pairs[name]
         compared[name] = _compare_loaded(name, x(), y())
@@ -124,17 +135,23 @@ def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...], int]:
     return stored.dtype, stored.shape, stored.raw.size
 
 
-def _compare_stored(tasks: list[Compare], watcher: Watcher) -> dict[str, Difference | None]:
+def _compare_stored(tasks: list[Compare], watcher: Watcher, receipts: Receipts | None) -> dict[str, Difference | None]:
     if not tasks:
         return {}
     from wnconvert.stream import engine, work
 
-    results = engine.run(tasks, watcher)
-    found: dict[str, Difference | None] = {}
-    for i, task in enumerate(tasks):
+    proofs = {task.name: receipts.proof(task.a, task.b) if receipts else None for task in tasks}
+    unknown = [task for task in tasks if proofs[task.name] is None]
+    written = [(name, receipt) for name, proof in proofs.items() for receipt in proof or ()]
+    results = engine.run([*unknown, *(Checksum(receipt.raw) for _, receipt in written)], watcher)
+    found: dict[str, Difference | None] = dict.fromkeys(proofs)
+    for i, task in enumerate(unknown):
         mismatch = work.mismatch_of(results.get(i, []))
         found[task.name] = None if mismatch is None else Difference(task.name, mismatch.values, mismatch.ulp)
-    return found
+    sums = enumerate(written, len(unknown))
+    damaged = {name for i, (name, receipt) in sums if engine.sum_of(results.get(i, [])).crc != receipt.crc}
+    # To say how they differ.
+    return found | _compare_stored([task for task in tasks if task.name in damaged], watcher, None)
 
 
 def _compare_loaded(name: str, x: Tensor, y: Tensor) -> Difference | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wnconvert import compare, convert, files
 from wnconvert.errors import InputError, NothingToDo, PairError, UsageError, VerificationError
@@ -13,6 +14,9 @@ from wnconvert.ranks import ALONE, Ranks
 from wnconvert.report.model import Report
 from wnconvert.sites import Dim, Scheme, Selection
 from wnconvert.watch import SILENT, Watcher
+
+if TYPE_CHECKING:
+    from wnconvert.stream.receipts import Receipts
 
 SUFFIX = {"apply": "wn", "fold": "folded", "rename": "renamed"}
 """Goes before the file's own suffix in the default output name: `model.wn.pt`."""
@@ -126,12 +130,13 @@ def _write(
             document.watch(watcher)
         if isinstance(document, files.Shared):
             document.join(crew)
-        document.save(staging.folder, target.name)
+        receipts = document.save(staging.folder, target.name)
         convert.settle(report, document.carrier)
         report.files = staging.sizes()
         _require_companions_free(staging, job.overwrite)
         if job.check:
-            _check(path, staging.folder / target.name, job, watcher=watcher, report=report, crew=crew)
+            result = staging.folder / target.name
+            _check(path, result, job, receipts=receipts, watcher=watcher, report=report, crew=crew)
         staging.commit()
 
 
@@ -153,11 +158,20 @@ def _describe(report: Report, path: Path, document: Document) -> None:
     report.notes += document.notes
 
 
-def _check(path: Path, result: Path, job: Job, *, watcher: Watcher, report: Report, crew: Ranks) -> None:
+def _check(
+    path: Path,
+    result: Path,
+    job: Job,
+    *,
+    receipts: Receipts | None,
+    watcher: Watcher,
+    report: Report,
+    crew: Ranks,
+) -> None:
     watcher.stage("checking weights")
     # Both are read afresh: what was converted in memory proves nothing about what a reader of the file will see.
     before, after = crew.agreed(lambda: (files.read(path, job.reading), files.read(result, job.reading)))
-    comparison = compare.compare_weights(before.carrier, after.carrier, watcher=watcher, crew=crew)
+    comparison = compare.compare_weights(before.carrier, after.carrier, receipts=receipts, watcher=watcher, crew=crew)
     report.weights_verified, report.tensors_verified = comparison.identical, comparison.compared
     if not comparison.identical:
         raise VerificationError(f"{path}: the result is not the same function: {comparison.first_difference}")

@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from wnconvert.carriers import Carrier
 from wnconvert.errors import InputError, UsageError
@@ -17,6 +17,9 @@ from wnconvert.files import sniff
 from wnconvert.ranks import Ranks
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
 from wnconvert.watch import Watcher
+
+if TYPE_CHECKING:
+    from wnconvert.stream.receipts import Receipts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,11 +55,14 @@ class Document(Protocol):
     def magnitudes(self) -> Mapping[str, MagnitudeStatistics]:
         """Statistics of g by site name, for the split sites. Reads only the magnitudes."""
 
-    def save(self, folder: Path, name: str) -> None:
+    def save(self, folder: Path, name: str) -> Receipts | None:
         """Write the carrier's present state into `folder`, an empty staging folder, the main file under `name`.
 
         Anything else that belongs to the result (external data) is written beside it under its final name. A result
         of several files (shards) is a folder of that name.
+
+        Returns:
+            What was computed on the way, if anything is known of it.
         """
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:

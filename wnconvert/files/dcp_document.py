@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,9 @@ from wnconvert.files import dcp_metadata, dcp_save, tree
 from wnconvert.files.dcp_items import Items
 from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
-from wnconvert.files.finished import Written
 from wnconvert.files.folder import File, FolderDocument
 from wnconvert.files.magnitudes import of_tensors
+from wnconvert.files.written import Written
 from wnconvert.sites import RowCounts
 from wnconvert.walk.arch import walker_for
 
@@ -95,11 +96,11 @@ class DcpDocument(FolderDocument):
     def _write(self, file: str, records: Sequence[Record], path: Path) -> Written:
         settled: dict[str, RowCounts | str] = {}
         while True:
-            outcomes, places = dcp_save.write(path, records, self._watcher)
-            self._settle(outcomes)
-            settled |= outcomes
-            if not any(isinstance(outcome, str) for outcome in outcomes.values()):
-                return Written(settled, places)
+            written = dcp_save.write(path, records, self._watcher)
+            self._settle(written.outcomes)
+            settled |= written.outcomes
+            if not written.refused:
+                return dataclasses.replace(written, outcomes=settled)
             # Which weights can be split shows when their values are read: once more where one could not.
             records = self._plan().files[file]
 

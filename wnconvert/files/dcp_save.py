@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from wnconvert.files import torch_skeleton
 from wnconvert.files.dcp_plan import Plan, Record
 from wnconvert.files.entries import Raw
-from wnconvert.files.filling import Filling, Held, Outcomes
+from wnconvert.files.filling import Filling, Held
 from wnconvert.files.stand_ins import StandIns
+from wnconvert.files.written import Written
 from wnconvert.watch import Watcher
 
 
@@ -35,7 +36,7 @@ class _Writer(FileSystemWriter):
         return self._origin
 
 
-def write(path: Path, records: Sequence[Record], watcher: Watcher) -> tuple[Outcomes, list[tuple[int, int]]]:
+def write(path: Path, records: Sequence[Record], watcher: Watcher) -> Written:
     """Write one file.
 
     Args:
@@ -44,7 +45,7 @@ def write(path: Path, records: Sequence[Record], watcher: Watcher) -> tuple[Outc
         watcher: is told how far it is.
 
     Returns:
-        See `Filling.run`; and `(start, size)` of each item.
+        See `Filling.run`. The places are those of the items.
     """
     filling, stand_ins = Filling(), StandIns([])
     places = []
@@ -53,7 +54,7 @@ def write(path: Path, records: Sequence[Record], watcher: Watcher) -> tuple[Outc
             start = file.seek(0, os.SEEK_END)
             _write(file, path, record, filling, stand_ins)
             places.append((start, file.seek(0, os.SEEK_END) - start))
-    return filling.run(watcher), places
+    return dataclasses.replace(filling.run(watcher), places=places)
 
 
 def describe(target: Path, plan: Plan, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from wnconvert.files import torch_skeleton
 from wnconvert.files.checksums import ChecksummedFiles
 from wnconvert.files.entries import Raw
 from wnconvert.files.torch_skeleton import Hole, Skeleton
+from wnconvert.files.written import Written
 from wnconvert.sites import RowCounts
 from wnconvert.stream import engine
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Split, Task
+from wnconvert.stream.receipts import Receipts
 from wnconvert.watch import Watcher
 
 
@@ -37,8 +39,6 @@ class Held:
 
 Content = Copied | Held | Pair | Half
 """A pair is multiplied, a half is made together with the other one."""
-
-Outcomes = dict[str, RowCounts | str]
 
 
 def memory_of(storage: torch.UntypedStorage) -> Held:
@@ -66,12 +66,10 @@ class Filling:
         """Take bytes that are to be copied to a position."""
         self._copies.append((path, start, raw))
 
-    def run(self, watcher: Watcher) -> Outcomes:
+    def run(self, watcher: Watcher) -> Written:
         """Fill every hole and note the checksums.
 
-        Returns:
-            What each split came to, by the name of its site: counts, or why it cannot be split. Then there is nothing
-            in its place, and the files are to be written once more.
+        Where a weight cannot be split, there is nothing in its place, and the files are to be written once more.
         """
         for path, skeleton, contents in self._archives:
             with path.open("r+b") as file:
@@ -86,7 +84,7 @@ class Filling:
         }
         if not any(isinstance(outcome, str) for outcome in outcomes.values()):
             self._settle(opened, outcomes)
-        return outcomes
+        return Written(outcomes, receipts=Receipts.of(tasks, results))
 
     def _tasks(self) -> list[Task]:
         tasks: list[Task] = [Copy(raw, Place(path, start)) for path, start, raw in self._copies]
@@ -106,7 +104,7 @@ class Filling:
                 tasks.append(Split(half.name, weight, half.axis, half.groups, weight.dtype, g, place))
         return tasks
 
-    def _settle(self, opened: ChecksummedFiles, outcomes: Outcomes) -> None:
+    def _settle(self, opened: ChecksummedFiles, outcomes: Mapping[str, RowCounts | str]) -> None:
         for path, skeleton, contents in self._archives:
             checksums = []
             for hole, content in zip(skeleton.holes, contents, strict=True):

@@ -6,27 +6,15 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from wnconvert import __version__
 from wnconvert.errors import InputError
 from wnconvert.files.entries import Entry
 from wnconvert.files.staging import FINISHED
+from wnconvert.files.written import Written
 from wnconvert.sites import RowCounts
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Written:
-    """What there is to say about one finished file.
-
-    Attributes:
-        outcomes: what the splits in it came to, by the name of the weight.
-        places: `(start, size)` of what is in it, where its format needs that.
-    """
-
-    outcomes: Mapping[str, RowCounts | str]
-    places: Sequence[tuple[int, int]] = ()
 
 
 class Finished:

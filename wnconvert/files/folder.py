@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.files import index as indices
 from wnconvert.files import parts
-from wnconvert.files.finished import Written, mark_of, mark_of_inputs
+from wnconvert.files.finished import mark_of, mark_of_inputs
 from wnconvert.files.parts import Part
+from wnconvert.files.written import Written
 from wnconvert.ranks import ALONE, Ranks
 from wnconvert.sites import RowCounts
 from wnconvert.watch import SILENT, Watcher
@@ -20,6 +21,7 @@ from wnconvert.watch import SILENT, Watcher
 if TYPE_CHECKING:
     from wnconvert.files import Document
     from wnconvert.report.model import OutputCheck
+    from wnconvert.stream.receipts import Receipts
 
 
 class File(NamedTuple):
@@ -55,7 +57,7 @@ class FolderDocument(abc.ABC):
         """See `Watched.watch`."""
         self._watcher = watcher
 
-    def save(self, folder: Path, name: str) -> None:
+    def save(self, folder: Path, name: str) -> Receipts:
         """See `Document.save`. Files that do not belong to the checkpoint (configuration, tokenizer) are copied."""
         indices.require_outside(folder, self._folder)
         target = folder / name
@@ -74,6 +76,7 @@ class FolderDocument(abc.ABC):
         for of_file in written.values():
             self._settle(of_file.outcomes)
         self._crew.first(lambda: self._finish(target, written))
+        return _receipts_of(written.values())
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""
@@ -98,6 +101,15 @@ class FolderDocument(abc.ABC):
     def _finish(self, target: Path, written: Mapping[str, Written]) -> None:
         indices.copy_others(self._folder, target, set(self._own()))
         self._describe(target, written)
+
+
+def _receipts_of(written: Iterable[Written]) -> Receipts:
+    # Here and not above: listing a folder must not import torch.
+    from wnconvert.stream.receipts import Receipts
+
+    receipts = Receipts()
+    receipts.add(of_file.receipts for of_file in written if of_file.receipts is not None)
+    return receipts
 
 
 def _mark(inputs: int, file: File) -> str:

@@ -16,6 +16,7 @@ from wnconvert.files import Document, ReadOptions, onnx_stream
 from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.onnx_outputs import compare
 from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+from wnconvert.stream.receipts import Receipts
 from wnconvert.watch import SILENT, Watcher
 
 LIMIT = 2**31 - 1
@@ -89,7 +90,7 @@ class OnnxDocument:
         """Statistics of g by site name."""
         return of_tensors(self.carrier.magnitudes().items())
 
-    def save(self, folder: Path, name: str) -> None:
+    def save(self, folder: Path, name: str) -> Receipts:
         """Write the model into a staging folder inside the folder it will be in.
 
         Data files are referenced where the result lands in the same folder, and weights that changed go into a new
@@ -101,11 +102,12 @@ class OnnxDocument:
         """
         if self._single_file:
             with tempfile.TemporaryDirectory(prefix=".data.", dir=folder) as apart:
-                onnx_stream.write(self.carrier, Path(apart), name, self._watcher)
+                receipts = onnx_stream.write(self.carrier, Path(apart), name, self._watcher)
                 _take_in(self.carrier, Path(apart), self.path)
         else:
-            onnx_stream.write(self.carrier, folder, name, self._watcher)
+            receipts = onnx_stream.write(self.carrier, folder, name, self._watcher)
         (folder / name).write_bytes(_serialize(self.carrier.model, self.path))
+        return receipts
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:
         """Run both models in ONNX Runtime, in processes of their own."""

@@ -21,6 +21,7 @@ from wnconvert.sites import RowCounts, Site, kept_axes, pair_axis
 from wnconvert.stream import engine
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Compare, Fold, Place, Split, Task
+from wnconvert.stream.receipts import Receipts
 from wnconvert.stream.workspace import Workspace
 from wnconvert.watch import Watcher
 
@@ -34,7 +35,7 @@ Splits = Sequence[tuple[Site, Pair]]
 Outcomes = Mapping[str, RowCounts | str]
 
 
-def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> None:
+def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> Receipts:
     """Write the data files of a model, and let its tensors refer to them.
 
     Args:
@@ -42,6 +43,9 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> No
         folder: a staging folder inside the folder where the result will be.
         name: of the model.
         watcher: is told the bytes gone through.
+
+    Returns:
+        What was computed for the data files.
 
     Raises:
         PairError: a pair cannot be multiplied.
@@ -66,7 +70,8 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> No
     tasks: list[Task] = [Fold(fold.pair, _room(_part(carrier, fold.tensor), fold.tensor, data, new)) for fold in folds]
     magnitudes = _magnitudes(carrier, splits, new)
     new.create()
-    results = engine.run([*magnitudes, *tasks, *data.copies()], watcher)
+    all_tasks = [*magnitudes, *tasks, *data.copies()]
+    results = engine.run(all_tasks, watcher)
     outcomes = {task.name: engine.outcome_of(results.get(i, [])) for i, task in enumerate(magnitudes)}
     _write_directions(carrier, splits, magnitudes, outcomes, data=data, new=new)
     carrier.settle(outcomes)
@@ -75,6 +80,7 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> No
     for tensor, part in located:
         if part.location in renamed and external.points_at(tensor, part.location):
             external.refer(tensor, renamed[part.location], part.offset, part.length)
+    return Receipts.of(all_tasks, results)
 
 
 def _trained(carrier: OnnxCarrier, data: DataFiles, watcher: Watcher) -> list[DeferredFold]:

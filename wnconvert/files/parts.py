@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from wnconvert.files.finished import Finished, Written
+from wnconvert.files.finished import Finished
+from wnconvert.files.written import Written
 from wnconvert.ranks import Ranks, shares
 
 

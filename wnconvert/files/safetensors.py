@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+    from wnconvert.stream.receipts import Receipts
 
 _DESCRIBED = ("float64", "float32", "float16", "bfloat16")
 """Dtypes whose magnitudes have statistics."""
@@ -71,9 +72,10 @@ class SafetensorsDocument:
         """Every tensor by its key."""
         return {entry.name: entry.load() for entry in self.carrier.entries()}
 
-    def save(self, folder: Path, name: str) -> None:
+    def save(self, folder: Path, name: str) -> Receipts | None:
         """See `Document.save`."""
-        streamed.write(Output(folder / name, self._metadata, self.carrier.entries), self.carrier, self._watcher)
+        output = Output(folder / name, self._metadata, self.carrier.entries)
+        return streamed.write(output, self.carrier, self._watcher).receipts
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""

@@ -10,10 +10,10 @@ from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.files import index as indices
 from wnconvert.files import safetensors, streamed
 from wnconvert.files import safetensors_header as header
-from wnconvert.files.finished import Written
 from wnconvert.files.mapped import MappedFile
 from wnconvert.files.shards import ShardsDocument
 from wnconvert.files.streamed import Output
+from wnconvert.files.written import Written
 from wnconvert.walk.arch import walker_for
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ShardedDocument(ShardsDocument):
     def _write(self, shard: str, path: Path) -> Written:
         portion = self._portions[shard]
         output = Output(path, self._shards[shard].metadata, portion.entries)
-        return Written(streamed.write(output, portion, self._watcher))
+        return streamed.write(output, portion, self._watcher)
 
     def _new_index(self) -> dict[str, Any]:
         names = (tensor.name for parsed in self._shards.values() for tensor in parsed.tensors)

@@ -10,8 +10,9 @@ from typing import Any
 
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.files import index as indices
-from wnconvert.files.finished import Written, described
+from wnconvert.files.finished import described
 from wnconvert.files.folder import File, FolderDocument
+from wnconvert.files.written import Written
 
 
 class ShardsDocument(FolderDocument):

@@ -10,6 +10,7 @@ from wnconvert.carriers.state_dict import Slots
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
 from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.written import Written
 from wnconvert.sites import RowCounts
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Put, Split, Task
 from wnconvert.watch import Watcher
@@ -30,14 +31,11 @@ class Output:
     entries: Callable[[], Iterable[Entry]]
 
 
-def write(output: Output, carrier: Slots, watcher: Watcher) -> dict[str, RowCounts | str]:
+def write(output: Output, carrier: Slots, watcher: Watcher) -> Written:
     """Write one file, and tell the carrier what its deferred splits came to.
 
     Which weights can be split shows when their values are read, and what cannot stays as it is. That is rare, so the
     file is written as if all could, and once more where one could not.
-
-    Returns:
-        What the deferred splits came to, by the name of the weight.
 
     Raises:
         PairError: a pair cannot be multiplied.
@@ -47,6 +45,7 @@ def write(output: Output, carrier: Slots, watcher: Watcher) -> dict[str, RowCoun
     outcomes: dict[str, RowCounts | str] = {}
     # Here and not above: listing a file must not import torch.
     from wnconvert.stream import engine, fileio
+    from wnconvert.stream.receipts import Receipts
 
     while True:
         size, tasks = plan(output)
@@ -60,7 +59,7 @@ def write(output: Output, carrier: Slots, watcher: Watcher) -> dict[str, RowCoun
                 carrier.settle(task.name, outcome)
                 outcomes[task.name] = outcome
         if not problems:
-            return outcomes
+            return Written(outcomes, receipts=Receipts.of(tasks, results))
         output.path.unlink()
 
 

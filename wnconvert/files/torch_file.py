@@ -28,6 +28,7 @@ from wnconvert.watch import SILENT, Watcher
 if TYPE_CHECKING:
     from wnconvert.files import Document, ReadOptions
     from wnconvert.report.model import MagnitudeStatistics, OutputCheck
+    from wnconvert.stream.receipts import Receipts
 
 
 def recognise(path: Path) -> bool:
@@ -120,13 +121,13 @@ class TorchDocument:
         """See `Watched.watch`."""
         self._watcher = watcher
 
-    def save(self, folder: Path, name: str) -> None:
+    def save(self, folder: Path, name: str) -> Receipts | None:
         """See `Document.save`."""
         for part in self._carriers.modules:
             part.clean()
         maps = [self._opened] if isinstance(self._opened, TorchMap) else []
         job = torch_save.Job({folder / name: self._root}, self._tree, self._carriers.state, maps)
-        torch_save.save(job, self._watcher)
+        return torch_save.save(job, self._watcher).receipts
 
     def compare_outputs(self, other: Document) -> OutputCheck | None:  # noqa: ARG002
         """None: a checkpoint cannot be run."""

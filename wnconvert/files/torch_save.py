@@ -14,12 +14,13 @@ from wnconvert.carriers.state_dict import Slots
 from wnconvert.errors import InputError, NotSplittable
 from wnconvert.files import torch_load, torch_skeleton
 from wnconvert.files.entries import Entry
-from wnconvert.files.filling import Content, Copied, Filling, Held, Outcomes, memory_of
+from wnconvert.files.filling import Content, Copied, Filling, Held, memory_of
 from wnconvert.files.refill import InMemory, refilled
 from wnconvert.files.stand_ins import StandIns
 from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.torch_skeleton import Hole
 from wnconvert.files.tree import Tree
+from wnconvert.files.written import Written
 from wnconvert.sites import RowCounts
 from wnconvert.stream.plan import Half
 from wnconvert.watch import Watcher
@@ -45,31 +46,28 @@ class Job:
     maps: Sequence[TorchMap]
 
 
-def save(job: Job, watcher: Watcher) -> Outcomes:
+def save(job: Job, watcher: Watcher) -> Written:
     """Write some files.
 
     Which weights can be split shows when their values are read, and what cannot stays as it is. That is rare, so they
     are written as if all could, and once more where one could not.
 
-    Returns:
-        What the deferred splits came to, by the name of the weight.
-
     Raises:
         InputError: something cannot be pickled, or an input cannot be read.
         PairError: a pair cannot be multiplied.
     """
-    settled: Outcomes = {}
+    settled: dict[str, RowCounts | str] = {}
     while True:
         # What a module holds is in memory, and dicts beside it may hold the very same tensors.
         filling = None if job.tree.modules else _skeletons(job)
         if filling is None:
-            return settled | _save_in_memory(job)
-        outcomes = filling.run(watcher)
-        for name, outcome in outcomes.items():
+            return Written(settled | _save_in_memory(job))
+        written = filling.run(watcher)
+        for name, outcome in written.outcomes.items():
             job.carrier.settle(name, outcome)
-        settled |= outcomes
-        if not any(isinstance(outcome, str) for outcome in outcomes.values()):
-            return settled
+        settled |= written.outcomes
+        if not written.refused:
+            return dataclasses.replace(written, outcomes=settled)
 
 
 def _skeletons(job: Job) -> Filling | None:
@@ -96,8 +94,8 @@ def _skeletons(job: Job) -> Filling | None:
     return filling
 
 
-def _save_in_memory(job: Job) -> Outcomes:
-    settled: Outcomes = {}
+def _save_in_memory(job: Job) -> dict[str, RowCounts | str]:
+    settled: dict[str, RowCounts | str] = {}
     for entry in list(job.carrier.entries()):
         if isinstance(entry.made, Half) and entry.made.part == "g":
             settled[entry.made.name] = _outcome(entry)

@@ -12,11 +12,11 @@ from wnconvert.carriers.shared_storage import SharedStorageCarrier
 from wnconvert.errors import InputError
 from wnconvert.files import index as indices
 from wnconvert.files import torch_file, torch_save, tree
-from wnconvert.files.finished import Written
 from wnconvert.files.magnitudes import of_tensors
 from wnconvert.files.shards import ShardsDocument
 from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.torch_sharded import SUFFIX
+from wnconvert.files.written import Written
 from wnconvert.walk.arch import walker_for
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TorchShardedDocument(ShardsDocument):
         held = self._shards[shard]
         maps = [held.opened] if isinstance(held.opened, TorchMap) else []
         job = torch_save.Job({path: held.root}, held.tree, self._portions[shard], maps)
-        return Written(torch_save.save(job, self._watcher))
+        return torch_save.save(job, self._watcher)
 
     def _new_index(self) -> dict[str, Any]:
         names = (entry.name for shard in self._shards.values() for entry in shard.tree.entries)

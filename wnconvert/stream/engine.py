@@ -6,7 +6,6 @@ torch's operators release the lock of the interpreter.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from wnconvert import crc
 from wnconvert.files.raw import Raw
 from wnconvert.sites import RowCounts
 from wnconvert.stream import batches, work
@@ -92,8 +90,12 @@ def checksum(path: Path) -> int:
         InputError: it cannot be read.
     """
     parts = run([Checksum(Raw(path, 0, path.stat().st_size))]).get(0, [])
-    sums = [part for part in parts if isinstance(part, work.Sum)]
-    return functools.reduce(lambda whole, part: crc.combine(whole, part.crc, part.size), sums, 0)
+    return sum_of(parts).crc
+
+
+def sum_of(parts: Sequence[Result]) -> work.Sum:
+    """What the pieces of a `Checksum` came to."""
+    return work.whole(part for part in parts if isinstance(part, work.Sum))
 
 
 class _State:

@@ -17,8 +17,8 @@ _OPEN = 64
 """Files of each kind that are kept open."""
 
 _WRITTEN = 128 << 10
-"""Bytes written at a time. For more, file systems take memory in large blocks, which a virtual machine that returns free
-memory to its host has to ask for again: to ext4 there, 4 GB in writes of 1 MB took twice as long as in these."""
+"""Bytes written at a time. For more, file systems take memory in large blocks, which a virtual machine that gives free
+memory back to its host has to ask for again: to ext4 there, 4 GB by 1 MB at a time took twice as long."""
 
 _CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 

@@ -20,11 +20,20 @@ from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Place, Pu
 from wnconvert.stream.workspace import COPY, Workspace, memory_of, torch_dtype
 
 
+class Sum(NamedTuple):
+    """The CRC-32 of one piece of a file."""
+
+    crc: int
+    size: int
+
+
 class SplitPart(NamedTuple):
-    """What splitting one piece of a weight came to."""
+    """What splitting one piece of a weight came to: its halves as they were written, where each is one stretch."""
 
     counts: weightnorm.RowCounts
     problem: str | None
+    g: Sum | None = None
+    v: Sum | None = None
 
 
 class Mismatch(NamedTuple):
@@ -32,13 +41,6 @@ class Mismatch(NamedTuple):
 
     values: int
     ulp: int | None
-
-
-class Sum(NamedTuple):
-    """The checksum of one piece of a file."""
-
-    crc: int
-    size: int
 
 
 Result = SplitPart | Mismatch | Sum | None
@@ -82,7 +84,11 @@ def _blocks(source: Raw) -> Iterator[Raw]:
 
 
 def _checksum(source: Raw, space: Workspace) -> Sum:
-    return Sum(crc.crc32(memory_of(space.read_bytes("v", source, 0, source.size))), source.size)
+    return _sum_of(space.read_bytes("v", source, 0, source.size))
+
+
+def _sum_of(values: Tensor) -> Sum:
+    return Sum(crc.crc32(memory_of(values)), values.nbytes)
 
 
 def _copy(source: Raw, to: Place, space: Workspace) -> None:
@@ -102,11 +108,13 @@ def _pieces_of_either(a: Stored | Pair, b: Stored | Pair) -> Iterator[Run | Slab
             return
 
 
-def _fold(task: Fold, piece: Run | Slab, space: Workspace) -> None:
+def _fold(task: Fold, piece: Run | Slab, space: Workspace) -> Sum | None:
     if isinstance(piece, Slab):
         slabs.fold(task, piece, space)
-    else:
-        space.write(task.to, piece.start, _folded(task.pair, piece, space, "v"))
+        return None
+    w = _folded(task.pair, piece, space, "v")
+    space.write(task.to, piece.start, w)
+    return _sum_of(w)
 
 
 def _folded(pair: Pair, run: Run, space: Workspace, role: str) -> Tensor:
@@ -117,6 +125,7 @@ def _folded(pair: Pair, run: Run, space: Workspace, role: str) -> Tensor:
 
 def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
     dtype = torch_dtype(task.weight.dtype)
+    sums: tuple[Sum, ...] = ()
     try:
         if isinstance(piece, Slab):
             g = slabs.split(task, piece, space)
@@ -134,9 +143,10 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
             space.write(task.g, piece.row, g)
             if task.v is not None:
                 space.write(task.v, piece.start, v)
+                sums = _sum_of(g), _sum_of(v)
     except NotSplittable as problem:
         return SplitPart(weightnorm.RowCounts(0, 0), str(problem))
-    return SplitPart(weightnorm.row_counts(g, dtype), None)
+    return SplitPart(weightnorm.row_counts(g, dtype), None, *sums)
 
 
 def _comparisons(task: Compare) -> Iterator[Unit]:
@@ -198,6 +208,11 @@ def mismatch_of(parts: Iterable[Result]) -> Mismatch | None:
     for part in parts:
         found = _worse(found, part if isinstance(part, Mismatch) else None)
     return found
+
+
+def whole(sums: Iterable[Sum]) -> Sum:
+    """The checksum of stretches that follow one another."""
+    return functools.reduce(lambda a, b: Sum(crc.combine(a.crc, b.crc, b.size), a.size + b.size), sums, Sum(0, 0))
 
 
 def _worse(a: Mismatch | None, b: Mismatch | None) -> Mismatch | None:
