@@ -37,9 +37,9 @@ def main(sizes: Sequence[float], dtypes: Sequence[str], formats: Sequence[str], 
 
     Seconds are medians of whole processes. The ratios leave out the start of the process, `import torch`, which the
     column `start` shows, and compare the rest with `cp` of the same input and with torch's own functions. All commands
-    of a table run in turns, each after memory for its output was touched, and `cp` after such a start too. Nothing is
-    synced to a disk, and the input is in the page cache as far as it fits. Files go to --folder: memory where there is
-    a file system in it.
+    of a table run in turns, each after memory for its output was touched, and `cp` after such a start too. The input is
+    in the page cache as far as it fits. Files go to --folder: memory where there is a file system in it. On a disk,
+    wnconvert ends when its result is there; so does `cp, synced`, but not `cp`.
 
     \b
     apply      a plain checkpoint
@@ -98,6 +98,8 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
         "start": IMPORT_TORCH,
         "wnconvert": wnconvert,
     }
+    if not processes.in_memory(source.parent):
+        commands["cp, synced"] = processes.copy_after_import([source], target, synced=True)
     if options["unchecked"]:
         commands["wnconvert --no-verify"] = [*wnconvert, "--no-verify"]
     if peer:
@@ -107,7 +109,9 @@ def _table(title: str, verb: str, source: Path, peer: bool, options: dict[str, A
     target.unlink(missing_ok=True)
     start = found.pop("start")
     lines = {name: Line(name, summary, start) for name, summary in found.items()}
-    print_table(title, list(lines.values()), {"cp": lines["cp"], "torch": lines.get("torch")})
+    print_table(
+        title, list(lines.values()), {name: lines[name] for name in ("cp", "cp, synced", "torch") if name in lines}
+    )
 
 
 if __name__ == "__main__":

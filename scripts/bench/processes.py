@@ -123,9 +123,13 @@ def prime(size: int) -> None:
         run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, {size}, 4096): m[i] = 1"])
 
 
-def copy_after_import(sources: Sequence[Path], target: Path) -> list[str | Path]:
-    """A command that starts as long as one that imports torch, and then copies: see `prime`."""
-    return ["sh", "-c", f'{shlex.join(IMPORT_TORCH)} && exec cp "$@"', "sh", *sources, target]
+def copy_after_import(sources: Sequence[Path], target: Path, *, synced: bool = False) -> list[str | Path]:
+    """A command that starts as long as one that imports torch, and then copies: see `prime`.
+
+    If `synced`, the copy is on the disk at the end, as what wnconvert writes is.
+    """
+    then = ' && for copy; do :; done && exec sync "$copy"' if synced else ""
+    return ["sh", "-c", f'{shlex.join(IMPORT_TORCH)} && cp "$@"{then}', "sh", *sources, target]
 
 
 @contextmanager
@@ -158,22 +162,23 @@ def shortage(folder: Path, disk: float, memory: float) -> str | None:
     free = shutil.disk_usage(folder).free
     if free < disk:
         return f"{folder} has {free / 1e9:.1f} GB free, {disk / 1e9:.1f} GB are needed; choose another --folder"
-    needed = memory + (disk if _in_memory(folder) else 0)
+    needed = memory + (disk if in_memory(folder) else 0)
     available = _available()
     if available is not None and available < needed:
-        where = f", {disk / 1e9:.1f} GB of them for files in {folder}" if _in_memory(folder) else ""
+        where = f", {disk / 1e9:.1f} GB of them for files in {folder}" if in_memory(folder) else ""
         return f"{available / 1e9:.1f} GB of memory are available, {needed / 1e9:.1f} GB are needed{where}"
     return None
 
 
 def describe_machine(folder: Path) -> str:
     """One line for the head of a table."""
-    where = "in memory" if _in_memory(folder) else "on disk, page cache warm"
+    where = "in memory" if in_memory(folder) else "on disk, page cache warm"
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     return f"{os.cpu_count()} processors, OMP_NUM_THREADS {threads}, files in {folder} ({where})"
 
 
-def _in_memory(folder: Path) -> bool:
+def in_memory(folder: Path) -> bool:
+    """Whether the files of a folder are in memory and not on a disk."""
     mounts = Path("/proc/mounts")
     if not mounts.exists():
         return False

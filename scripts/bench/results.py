@@ -30,8 +30,8 @@ class Line:
         return self.summary.seconds - self.start.seconds
 
 
-def print_table(title: str, lines: Sequence[Line], peers: Mapping[str, Line | None]) -> None:
-    """One row for each command, with a column for its ratio to each peer; a peer of None was not run."""
+def print_table(title: str, lines: Sequence[Line], peers: Mapping[str, Line]) -> None:
+    """One row for each command, with a column for its ratio to each peer."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1))
     table.add_column("", no_wrap=True)
     numbers = ["seconds", "min-max", "start", *(f"/ {peer}" for peer in peers), "CPU s", "peak MB", "above start MB"]
@@ -44,9 +44,9 @@ def print_table(title: str, lines: Sequence[Line], peers: Mapping[str, Line | No
     console.print()
 
 
-def ratio(line: Line, peer: Line | None) -> str:
+def ratio(line: Line, peer: Line) -> str:
     """How many times the work of a peer, or a dash where that is nothing that can be measured."""
-    if peer is None or peer.work < 0.01 or line.work < 0.01:
+    if peer.work < 0.01 or line.work < 0.01:
         return "-"
     return f"{line.work / peer.work:.2f}"
 
