@@ -27,7 +27,7 @@ def of_rows(view: Tensor, kept: int, block: int, scratch: Tensor) -> Tensor:
 
 
 def of_part(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
-    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`."""
+    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`, of two elements for each of it."""
     count = math.prod(part.shape[:kept])
     columns = part.numel() // count
     if columns == 0:
@@ -39,7 +39,7 @@ def of_part(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
         start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
         if count > 1:
             shaped, segment = rows.workspace(scratch, part, kept)
-            shaped.copy_(part)
+            shaped.copy_(_in_float32(part, kept, scratch) if part.dtype == torch.float16 else part)
         else:
             segment = scratch[: stop - start].view(1, -1)
             rows.copy_range(part, start, stop, segment[0])
@@ -48,6 +48,12 @@ def of_part(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
         totals[:, i] = sums.tree(segment.square_())
     norm = sums.tree(totals).sqrt()
     return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
+
+
+def _in_float32(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
+    """A part in the upper half of `scratch`. From there, unlike from float16, torch converts to float64 in vectors."""
+    upper = scratch[scratch.numel() // 2 :].view(torch.float32)
+    return rows.workspace(upper, part, kept)[0].copy_(part)
 
 
 def of_columns(read: Callable[[int, int], Tensor], columns: int, dtype: torch.dtype, *, width: int) -> Tensor:
