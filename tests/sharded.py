@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,8 @@ class _Thread(Ranks):
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
         try:
-            mine = (None, work())
+            # As between processes: the others get copies.
+            mine = (None, pickle.loads(pickle.dumps(work())))
         except (WnconvertError, OSError) as error:
             mine = (error, None)
         self._everyone[self.rank] = mine

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tests.sharded import FORMATS, on_ranks
 from tests.test_stream_engine import store
-from wnconvert import jobs, weightnorm
+from wnconvert import files, jobs, weightnorm
 from wnconvert.errors import VerificationError
+from wnconvert.files import parts
 from wnconvert.files.raw import Raw
 from wnconvert.jobs import Job
 from wnconvert.stream import batches, engine, fileio
@@ -27,14 +28,14 @@ from wnconvert.stream.receipts import Receipts
 ROWS = 2 * batches.SMALL // 64
 
 
-def plain() -> dict[str, Tensor]:
+def plain(rows: int = ROWS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {f"layers.{i}.proj.weight": torch.randn(ROWS, 64, generator=generator) for i in range(3)}
+    return {f"layers.{i}.proj.weight": torch.randn(rows, 64, generator=generator) for i in range(3)}
 
 
-def trained() -> dict[str, Tensor]:
+def trained(rows: int = ROWS) -> dict[str, Tensor]:
     made = {}
-    for name, w in plain().items():
+    for name, w in plain(rows).items():
         made[f"{name}_g"], made[f"{name}_v"] = weightnorm.split(w, 0)
         made[f"{name}_g"] = made[f"{name}_g"] * 1.5
     return made
@@ -64,13 +65,15 @@ class Form:
 
     name: str
     write: Callable[[dict[str, Tensor], Path], object]
+    rows: int = ROWS
 
 
 def _sharded(row: Any) -> Callable[[dict[str, Tensor], Path], object]:
     def write(tensors: dict[str, Tensor], path: Path) -> None:
         path.mkdir()
         names = list(tensors)
-        row.write(path, [{name: tensors[name] for name in names[i::2]} for i in range(2)])
+        first = len(names) // 3
+        row.write(path, [{name: tensors[name] for name in part} for part in (names[:first], names[first:])])
 
     return write
 
@@ -78,7 +81,7 @@ def _sharded(row: Any) -> Callable[[dict[str, Tensor], Path], object]:
 FORMS = (
     Form("model.safetensors", save_file),
     Form("model.pt", torch.save),
-    *(Form(row.format, _sharded(row)) for row in FORMATS if row.format != "dcp"),
+    *(Form(row.format, _sharded(row), max(ROWS, row.rows)) for row in FORMATS),
 )
 
 
@@ -106,7 +109,7 @@ def _of_a_tensor(task: Task) -> bool:
 def test_what_was_computed_is_read_back_and_not_computed_again(
     form: Form, command: str, tensors: Any, each: int, tmp_path: Path, checked: list[Task]
 ) -> None:
-    form.write(tensors(), tmp_path / form.name)
+    form.write(tensors(form.rows), tmp_path / form.name)
 
     report = jobs.convert_file(tmp_path / form.name, tmp_path / f"out-{form.name}", Job(command))
 
@@ -117,7 +120,7 @@ def test_what_was_computed_is_read_back_and_not_computed_again(
 
 @pytest.mark.parametrize("form", FORMS[2:], ids=lambda form: form.name)
 def test_ranks_know_what_the_others_computed(form: Form, tmp_path: Path, checked: list[Task]) -> None:
-    form.write(trained(), tmp_path / "in")
+    form.write(trained(form.rows), tmp_path / "in")
 
     found = on_ranks(2, lambda crew: jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("fold"), crew=crew))
 
@@ -127,7 +130,7 @@ def test_ranks_know_what_the_others_computed(form: Form, tmp_path: Path, checked
 
 def test_resumed_files_are_compared(tmp_path: Path, checked: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS[2]
-    form.write(trained(), tmp_path / "in")
+    form.write(trained(form.rows), tmp_path / "in")
     with monkeypatch.context() as patched:
         patched.setattr(jobs, "_check", _no_space)
         with pytest.raises(jobs.InputError, match="--resume"):
@@ -137,6 +140,31 @@ def test_resumed_files_are_compared(tmp_path: Path, checked: list[Task], monkeyp
 
     assert report.weights_verified
     assert [type(task) for task in checked] == [Compare] * 3
+
+
+@pytest.mark.parametrize("form", FORMS[2:], ids=lambda form: form.name)
+def test_only_what_is_resumed_is_compared(
+    form: Form, tmp_path: Path, checked: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form.write(trained(form.rows), tmp_path / "in")
+    write, done = parts._write, []
+
+    def fail(*given: Any) -> Any:
+        if done:
+            raise OSError(28, "No space left on device")
+        done.append(given)
+        return write(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "_write", fail)
+        with pytest.raises(jobs.InputError, match="--resume"):
+            jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("fold"))
+
+    assert jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("fold", resume=True)).weights_verified
+    kinds = [type(task) for task in checked]
+    assert kinds.count(Checksum)
+    assert kinds.count(Compare)
+    assert len(kinds) == 3
 
 
 def _no_space(*given: Any, **named: Any) -> None:
@@ -161,31 +189,85 @@ def test_folded_onnx_data_is_read_back(tmp_path: Path, checked: list[Task]) -> N
     assert [type(task) for task in checked].count(Checksum) == 3
 
 
-@pytest.mark.parametrize("at", [0.1, 0.37, 0.64, 0.91])
+def second(path: Path) -> Any:
+    """Where the second weight lies."""
+    weights = files.read(path).carrier.effective()
+    return next(found.source() for name, found in weights.items() if name.endswith("layers.1.proj.weight"))
+
+
+@pytest.mark.parametrize("half", ["g", "v"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize(("command", "tensors"), [("apply", plain), ("fold", trained)])
 def test_a_damaged_byte_is_found(
-    form: Form, command: str, tensors: Any, at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Form, command: str, tensors: Any, half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form.write(tensors(), tmp_path / form.name)
+    form.write(tensors(form.rows), tmp_path / form.name)
     check = jobs._check
 
     def damage(path: Path, result: Path, *given: Any, **named: Any) -> None:
-        files = sorted(f for f in [result, *result.rglob("*")] if f.is_file() and f.stat().st_size > 1 << 16)
-        content = bytearray(files[-1].read_bytes())
-        content[int(at * len(content))] ^= 1
-        files[-1].write_bytes(content)
+        made = second(result)
+        raw = (made if isinstance(made, Stored) else getattr(made, half)).raw
+        content = bytearray(raw.path.read_bytes())
+        content[raw.start + raw.size // 3] ^= 1
+        raw.path.write_bytes(content)
         check(path, result, *given, **named)
 
     monkeypatch.setattr(jobs, "_check", damage)
-    with pytest.raises(VerificationError, match=r"layers\.\d\.proj\.weight differs in [1-9]"):
+    with pytest.raises(VerificationError, match=r"layers\.1\.proj\.weight differs in [1-9]"):
         jobs.convert_file(tmp_path / form.name, tmp_path / f"out-{form.name}", Job(command))
     assert [path.name for path in tmp_path.iterdir()] == [form.name]
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_an_input_that_changes_meanwhile_is_found(form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / form.name
+    form.write(trained(form.rows), source)
+    check = jobs._check
+
+    def train(path: Path, *given: Any, **named: Any) -> None:
+        raw = second(source).v.raw
+        with raw.path.open("r+b") as file:
+            file.seek(raw.start)
+            file.write(bytes(4))
+        check(path, *given, **named)
+
+    monkeypatch.setattr(jobs, "_check", train)
+    with pytest.raises(VerificationError, match=r"layers\.1\.proj\.weight differs in [1-9]"):
+        jobs.convert_file(source, tmp_path / f"out-{form.name}", Job("fold"))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_file_that_is_written_twice_has_the_receipts_of_the_second_time(
+    form: Form, tmp_path: Path, checked: list[Task]
+) -> None:
+    tensors = plain(form.rows)
+    tensors["layers.1.proj.weight"][3, 4] = float("nan")
+    form.write(tensors, tmp_path / form.name)
+
+    report = jobs.convert_file(tmp_path / form.name, tmp_path / f"out-{form.name}", Job("apply"))
+
+    assert report.weights_verified
+    assert (report.count("split"), report.count("skipped")) == (2, 1)
+    kinds = [type(task) for task in checked]
+    assert (kinds.count(Checksum), kinds.count(Compare)) == (4, 1)
+
+
+def test_magnitudes_of_one_direction_are_each_proven(tmp_path: Path, checked: list[Task]) -> None:
+    g, v = weightnorm.split(torch.randn(ROWS, 64), 0)
+    torch.save({"a.weight_g": g * 2, "a.weight_v": v, "b.weight_g": g * 3, "b.weight_v": v}, tmp_path / "m.pt")
+
+    report = jobs.convert_file(tmp_path / "m.pt", tmp_path / "out.pt", Job("fold"))
+
+    assert report.weights_verified
+    assert report.tensors_verified == 2
+    folded = torch.load(tmp_path / "out.pt")
+    assert not torch.equal(folded["a.weight"], folded["b.weight"])
+    assert {type(task) for task in checked} <= {Checksum, Compare}
+
+
 def run(folder: Path, tasks: Sequence[Task], size: int) -> Receipts:
     fileio.create(folder / "out", size)
-    return Receipts.of(tasks, engine.run(tasks))
+    return Receipts(tasks).taken(engine.run(tasks))
 
 
 def test_a_receipt_proves_only_what_it_is_for(tmp_path: Path) -> None:
@@ -210,6 +292,8 @@ def test_a_receipt_proves_only_what_it_is_for(tmp_path: Path) -> None:
         (pair, made),
         (weight, dataclasses.replace(made, g=dataclasses.replace(made.g, shape=(1, 256)))),
         (weight, dataclasses.replace(made, g=dataclasses.replace(made.g, dtype="int32"))),
+        (weight, dataclasses.replace(made, v=dataclasses.replace(made.v, dtype="int32"))),
+        (pair, dataclasses.replace(folded, shape=(128, 512))),
         (weight, Pair("w", made.v, made.v)),
         (weight, Pair("w", folded, made.v)),
         (pair, made.v),

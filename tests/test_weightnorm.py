@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from wnconvert import weightnorm
+from wnconvert import powers, weightnorm
 from wnconvert.errors import NotSplittable, PairError, UsageError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -188,6 +188,21 @@ def test_rows_out_of_range_are_scaled_so_that_no_runtime_gives_nan(dtype: torch.
     naive = g.float() * v.float() / v.float().pow(2).sum(1, keepdim=True).sqrt()
     assert bool(naive.isfinite().all() and (naive[2] != 0).any())
     assert reference.ulp(weightnorm.compose(g, v, (1,)), w) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_whose_norm_rounds_to_the_edge_of_the_range_come_back(dtype: torch.dtype) -> None:
+    for edge in powers.SAFE_NORM[dtype]:
+        rows = torch.zeros(40, 3, dtype=torch.float64)
+        rows[:, 0] = edge
+        # From far below to far above half of the last place of the edge.
+        rows[:, 1] = edge * torch.pow(2.0, torch.arange(-39, 1).double() * 0.75)
+        w = torch.cat([rows, rows * (1 - torch.finfo(dtype).eps), rows / 2**0.5]).to(dtype)
+        g, v = weightnorm.split(w, 0)
+        assert reference.same_bits(weightnorm.fold(g, v), w)
+        changed = int((v != w).any(1).sum())
+        assert sum(weightnorm.row_counts(g, dtype)) == changed
+        assert 0 < changed < len(w)
 
 
 def test_every_subnormal_row_comes_back() -> None:

@@ -27,7 +27,7 @@ def of_rows(view: Tensor, kept: int, block: int, scratch: Tensor) -> Tensor:
 
 
 def of_part(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
-    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`, of two elements for each of it."""
+    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`, of twice as many elements."""
     count = math.prod(part.shape[:kept])
     columns = part.numel() // count
     if columns == 0:

@@ -143,10 +143,11 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     checks.require_directions(lengths, g.detach().reshape(-1), name)
 
 
-def _out_of_range(lengths: Tensor, dtype: torch.dtype) -> list[int]:
-    """Rows that need another `v` than their own values."""
+def _to_change(g: Tensor, dtype: torch.dtype) -> list[int]:
+    """Rows that need another `v` than their own values. `g` tells, because `fold` has nothing else to know them by."""
     low, high = powers.SAFE_NORM[dtype]
-    return cast("list[int]", ((lengths == 0) | (lengths < low) | (lengths > high)).nonzero().flatten().tolist())
+    size = g.double()
+    return cast("list[int]", ((size == 0) | (size < low) | (size > high)).nonzero().flatten().tolist())
 
 
 def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
@@ -160,7 +161,7 @@ def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, f
     # A wider g could hold more, but `fold` takes no magnitude that v's dtype cannot hold.
     finite = g.isfinite() & g.to(dtype).isfinite()
     checks.require(finite, NotSplittable, f"the norm of row {{}} overflows {str(dtype).removeprefix('torch.')}", first)
-    return g, _out_of_range(lengths, dtype)
+    return g, _to_change(g, dtype)
 
 
 def require_slab(g: Tensor, lengths: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:

@@ -19,8 +19,7 @@ from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
 from wnconvert.files.folder import File, FolderDocument
 from wnconvert.files.magnitudes import of_tensors
-from wnconvert.files.written import Written
-from wnconvert.sites import RowCounts
+from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.walk.arch import walker_for
 
 if TYPE_CHECKING:
@@ -94,12 +93,12 @@ class DcpDocument(FolderDocument):
         return Plan(source, self.carrier.slots())
 
     def _write(self, file: str, records: Sequence[Record], path: Path) -> Written:
-        settled: dict[str, RowCounts | str] = {}
+        settled: Outcomes = {}
         while True:
             written = dcp_save.write(path, records, self._watcher)
             self._settle(written.outcomes)
             settled |= written.outcomes
-            if not written.refused:
+            if not refused(written.outcomes):
                 return dataclasses.replace(written, outcomes=settled)
             # Which weights can be split shows when their values are read: once more where one could not.
             records = self._plan().files[file]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from wnconvert.files import torch_skeleton
 from wnconvert.files.checksums import ChecksummedFiles
 from wnconvert.files.entries import Raw
 from wnconvert.files.torch_skeleton import Hole, Skeleton
-from wnconvert.files.written import Written
+from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.sites import RowCounts
 from wnconvert.stream import engine
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Split, Task
@@ -78,13 +78,12 @@ class Filling:
                         file.seek(hole.start)
                         file.write(_flat(content))
         tasks, opened = self._tasks(), ChecksummedFiles()
+        receipts = Receipts(tasks)
         results = engine.run(tasks, watcher, opened=opened)
-        outcomes = {
-            task.name: engine.outcome_of(results.get(i, [])) for i, task in enumerate(tasks) if isinstance(task, Split)
-        }
-        if not any(isinstance(outcome, str) for outcome in outcomes.values()):
+        outcomes = engine.outcomes(tasks, results)
+        if not refused(outcomes):
             self._settle(opened, outcomes)
-        return Written(outcomes, receipts=Receipts.of(tasks, results))
+        return Written(outcomes, receipts=receipts.taken(results))
 
     def _tasks(self) -> list[Task]:
         tasks: list[Task] = [Copy(raw, Place(path, start)) for path, start, raw in self._copies]
@@ -104,7 +103,7 @@ class Filling:
                 tasks.append(Split(half.name, weight, half.axis, half.groups, weight.dtype, g, place))
         return tasks
 
-    def _settle(self, opened: ChecksummedFiles, outcomes: Mapping[str, RowCounts | str]) -> None:
+    def _settle(self, opened: ChecksummedFiles, outcomes: Outcomes) -> None:
         for path, skeleton, contents in self._archives:
             checksums = []
             for hole, content in zip(skeleton.holes, contents, strict=True):

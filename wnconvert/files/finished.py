@@ -13,7 +13,7 @@ from wnconvert import __version__
 from wnconvert.errors import InputError
 from wnconvert.files.entries import Entry
 from wnconvert.files.staging import FINISHED
-from wnconvert.files.written import Written
+from wnconvert.files.written import Outcomes, Written
 from wnconvert.sites import RowCounts
 
 
@@ -76,7 +76,7 @@ class _Note:
     def read(cls, path: Path) -> _Note:
         """Raises `ValueError` or `TypeError` for anything but what `write` writes."""
         mark, size, crc, outcomes, places = json.loads(path.read_text(encoding="utf-8"))
-        counted = {
+        counted: Outcomes = {
             name: outcome if isinstance(outcome, str) else RowCounts(*outcome)
             for name, outcome in dict(outcomes).items()
         }

@@ -107,9 +107,7 @@ def _receipts_of(written: Iterable[Written]) -> Receipts:
     # Here and not above: listing a folder must not import torch.
     from wnconvert.stream.receipts import Receipts
 
-    receipts = Receipts()
-    receipts.add(of_file.receipts for of_file in written if of_file.receipts is not None)
-    return receipts
+    return Receipts.together(of_file.receipts for of_file in written if of_file.receipts is not None)
 
 
 def _mark(inputs: int, file: File) -> str:

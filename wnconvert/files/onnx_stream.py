@@ -71,8 +71,9 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> Re
     magnitudes = _magnitudes(carrier, splits, new)
     new.create()
     all_tasks = [*magnitudes, *tasks, *data.copies()]
+    receipts = Receipts(all_tasks)
     results = engine.run(all_tasks, watcher)
-    outcomes = {task.name: engine.outcome_of(results.get(i, [])) for i, task in enumerate(magnitudes)}
+    outcomes = engine.outcomes(all_tasks, results)
     _write_directions(carrier, splits, magnitudes, outcomes, data=data, new=new)
     carrier.settle(outcomes)
     new.finish()
@@ -80,7 +81,7 @@ def write(carrier: OnnxCarrier, folder: Path, name: str, watcher: Watcher) -> Re
     for tensor, part in located:
         if part.location in renamed and external.points_at(tensor, part.location):
             external.refer(tensor, renamed[part.location], part.offset, part.length)
-    return Receipts.of(all_tasks, results)
+    return receipts.taken(results)
 
 
 def _trained(carrier: OnnxCarrier, data: DataFiles, watcher: Watcher) -> list[DeferredFold]:

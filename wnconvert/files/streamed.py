@@ -10,8 +10,7 @@ from wnconvert.carriers.state_dict import Slots
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
 from wnconvert.files.raw import Inline, Raw
-from wnconvert.files.written import Written
-from wnconvert.sites import RowCounts
+from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Put, Split, Task
 from wnconvert.watch import Watcher
 
@@ -42,7 +41,7 @@ def write(output: Output, carrier: Slots, watcher: Watcher) -> Written:
         InputError: an input cannot be read.
         OSError: the output cannot be written.
     """
-    outcomes: dict[str, RowCounts | str] = {}
+    settled: Outcomes = {}
     # Here and not above: listing a file must not import torch.
     from wnconvert.stream import engine, fileio
     from wnconvert.stream.receipts import Receipts
@@ -50,16 +49,14 @@ def write(output: Output, carrier: Slots, watcher: Watcher) -> Written:
     while True:
         size, tasks = plan(output)
         fileio.create(output.path, size)
+        receipts = Receipts(tasks)
         results = engine.run(tasks, watcher)
-        problems = False
-        for i, task in enumerate(tasks):
-            if isinstance(task, Split):
-                outcome = engine.outcome_of(results.get(i, []))
-                problems |= isinstance(outcome, str)
-                carrier.settle(task.name, outcome)
-                outcomes[task.name] = outcome
-        if not problems:
-            return Written(outcomes, receipts=Receipts.of(tasks, results))
+        found = engine.outcomes(tasks, results)
+        for name, outcome in found.items():
+            carrier.settle(name, outcome)
+        settled |= found
+        if not refused(found):
+            return Written(settled, receipts=receipts.taken(results))
         output.path.unlink()
 
 

@@ -20,7 +20,7 @@ from wnconvert.files.stand_ins import StandIns
 from wnconvert.files.torch_map import TorchMap
 from wnconvert.files.torch_skeleton import Hole
 from wnconvert.files.tree import Tree
-from wnconvert.files.written import Written
+from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.sites import RowCounts
 from wnconvert.stream.plan import Half
 from wnconvert.watch import Watcher
@@ -56,7 +56,7 @@ def save(job: Job, watcher: Watcher) -> Written:
         InputError: something cannot be pickled, or an input cannot be read.
         PairError: a pair cannot be multiplied.
     """
-    settled: dict[str, RowCounts | str] = {}
+    settled: Outcomes = {}
     while True:
         # What a module holds is in memory, and dicts beside it may hold the very same tensors.
         filling = None if job.tree.modules else _skeletons(job)
@@ -66,7 +66,7 @@ def save(job: Job, watcher: Watcher) -> Written:
         for name, outcome in written.outcomes.items():
             job.carrier.settle(name, outcome)
         settled |= written.outcomes
-        if not written.refused:
+        if not refused(written.outcomes):
             return dataclasses.replace(written, outcomes=settled)
 
 
@@ -94,8 +94,8 @@ def _skeletons(job: Job) -> Filling | None:
     return filling
 
 
-def _save_in_memory(job: Job) -> dict[str, RowCounts | str]:
-    settled: dict[str, RowCounts | str] = {}
+def _save_in_memory(job: Job) -> Outcomes:
+    settled: Outcomes = {}
     for entry in list(job.carrier.entries()):
         if isinstance(entry.made, Half) and entry.made.part == "g":
             settled[entry.made.name] = _outcome(entry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wnconvert.sites import RowCounts
@@ -11,22 +11,25 @@ from wnconvert.sites import RowCounts
 if TYPE_CHECKING:
     from wnconvert.stream.receipts import Receipts
 
+Outcomes = dict[str, RowCounts | str]
+"""What splits came to, by the name of the weight: counts, or why it cannot be split."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Written:
     """One file.
 
     Attributes:
-        outcomes: what the splits in it came to, by the name of the weight: counts, or why it cannot be split.
+        outcomes: what the splits in it came to.
         places: `(start, size)` of what is in it, where its format needs that.
         receipts: what was computed for it; None where that is not known any more.
     """
 
-    outcomes: Mapping[str, RowCounts | str]
+    outcomes: Outcomes
     places: Sequence[tuple[int, int]] = ()
     receipts: Receipts | None = None
 
-    @property
-    def refused(self) -> bool:
-        """Whether a weight turned out not to be splittable, so that the file is to be written once more, without."""
-        return any(isinstance(outcome, str) for outcome in self.outcomes.values())
+
+def refused(outcomes: Outcomes) -> bool:
+    """Whether a weight turned out not to be splittable, so that the file is to be written once more, without."""
+    return any(isinstance(outcome, str) for outcome in outcomes.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from wnconvert.sites import RowCounts
 from wnconvert.stream import batches, work
 from wnconvert.stream.batches import Job
 from wnconvert.stream.fileio import Files
-from wnconvert.stream.plan import Checksum, Task
+from wnconvert.stream.plan import Checksum, Split, Task
 from wnconvert.stream.work import Result
 from wnconvert.stream.workspace import Workspace
 from wnconvert.watch import SILENT, Watcher
@@ -72,6 +72,11 @@ def run(
 def size(tasks: Sequence[Task]) -> int:
     """Bytes that `run` goes through, for a progress bar."""
     return sum(map(batches.size, tasks))
+
+
+def outcomes(tasks: Sequence[Task], results: Mapping[int, Sequence[Result]]) -> dict[str, RowCounts | str]:
+    """What the splits among some tasks came to, by the name of the weight. See `outcome_of`."""
+    return {task.name: outcome_of(results.get(i, [])) for i, task in enumerate(tasks) if isinstance(task, Split)}
 
 
 def outcome_of(parts: Sequence[Result]) -> RowCounts | str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from wnconvert.files.raw import Inline, Raw
@@ -16,10 +17,10 @@ class Receipt(NamedTuple):
     """What a task wrote.
 
     Attributes:
-        task: see above.
+        task: the task.
         to: where it was told to.
         raw: the stretch that it filled.
-        crc: of that.
+        crc: the CRC-32 of that.
     """
 
     task: Fold | Split
@@ -29,36 +30,50 @@ class Receipt(NamedTuple):
 
 
 class Receipts:
-    """What was written where. Small tensors, slabs and splits that changed a row have no receipt."""
+    """What was written where.
 
-    def __init__(self) -> None:
+    There is no receipt for small tensors that were worked on together, for slabs, and for splits that changed a row.
+    """
+
+    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+        """Take what is about to be done."""
+        self._tasks = tasks
+        self._inputs = {path: _state(path) for path in {path for task in tasks for path in _sources(task)}}
         self._found: dict[Raw | Inline, Receipt] = {}
 
-    @classmethod
-    def of(cls, tasks: Sequence[Task], results: Mapping[int, Sequence[Result]]) -> Receipts:
-        """Take what `engine.run` returned for these tasks."""
-        receipts = cls()
+    def taken(self, results: Mapping[int, Sequence[Result]]) -> Receipts:
+        """Take what `engine.run` returned for the tasks, and return this."""
         for i, parts in results.items():
-            task = tasks[i]
+            task = self._tasks[i]
             if isinstance(task, Fold):
-                receipts._take(task, task.to, parts)
+                self._take(task, task.to, parts)
             elif isinstance(task, Split) and task.v is not None and engine.outcome_of(parts) == RowCounts(0, 0):
                 split = [part for part in parts if isinstance(part, SplitPart)]
-                receipts._take(task, task.g, [part.g for part in split])
-                receipts._take(task, task.v, [part.v for part in split])
-        return receipts
+                self._take(task, task.g, [part.g for part in split])
+                self._take(task, task.v, [part.v for part in split])
+        self._tasks = ()
+        return self
 
-    def add(self, others: Iterable[Receipts]) -> None:
-        """Take the receipts of others."""
-        for other in others:
-            self._found |= other._found
+    @classmethod
+    def together(cls, parts: Iterable[Receipts]) -> Receipts:
+        """Those of several files."""
+        whole = cls()
+        for part in parts:
+            whole._inputs |= part._inputs
+            whole._found |= part._found
+        return whole
+
+    def forget_changed(self) -> None:
+        """Drop everything if an input is not what it was: then what was made of it says nothing about what it is."""
+        if any(_state(path) != state for path, state in self._inputs.items()):
+            self._found.clear()
 
     def proof(self, before: Stored | Pair, after: Stored | Pair) -> list[Receipt] | None:
         """What must be read back to see that a tensor of the result was made of one of the input.
 
         Args:
             before: the tensor of the input.
-            after: the tensor of the result, of the same dtype and shape as a plain weight.
+            after: the tensor of the result.
 
         Returns:
             None if that is not known, and the two have to be compared.
@@ -71,20 +86,20 @@ class Receipts:
 
     def _proof_of_fold(self, pair: Pair, weight: Stored) -> list[Receipt] | None:
         found = self._found.get(weight.raw)
-        if found is None or not isinstance(found.task, Fold):
+        if found is None or not isinstance(found.task, Fold) or _form(weight) != _form(pair.v):
             return None
         made_of = found.task.pair
         return [found] if (made_of.g, made_of.v) == (pair.g, pair.v) else None
 
     def _proof_of_split(self, weight: Stored, pair: Pair) -> list[Receipt] | None:
         g, v = self._found.get(pair.g.raw), self._found.get(pair.v.raw)
-        if g is None or v is None or not isinstance(g.task, Split):
+        if g is None or v is None or g.task != v.task or not isinstance(g.task, Split):
             return None
         task = g.task
-        if (task.weight, task.g, task.v) != (weight, g.to, v.to):
+        if (task.weight, task.g, task.v) != (weight, g.to, v.to) or _form(pair.v) != _form(weight):
             return None
         form = task.g_dtype, g_shape(weight.shape, task.axis, task.groups)
-        return [g, v] if (pair.g.dtype, pair.g.shape) == form else None
+        return [g, v] if _form(pair.g) == form else None
 
     def _take(self, task: Fold | Split, to: Place, parts: Sequence[Result]) -> None:
         sums = [part for part in parts if isinstance(part, Sum)]
@@ -92,3 +107,24 @@ class Receipts:
             written = work.whole(sums)
             raw = Raw(to.path, to.start, written.size)
             self._found[raw] = Receipt(task, to, raw, written.crc)
+
+
+def _form(stored: Stored) -> tuple[str, tuple[int, ...]]:
+    return stored.dtype, stored.shape
+
+
+def _sources(task: Task) -> Iterator[Path]:
+    """The files that a pair or a weight is in."""
+    stored = [task.pair.g, task.pair.v] if isinstance(task, Fold) else [task.weight] if isinstance(task, Split) else []
+    for tensor in stored:
+        if isinstance(tensor.raw, Raw):
+            yield tensor.raw.path
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """The same while nobody writes to a file or puts another one in its place; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -21,7 +21,7 @@ from wnconvert.stream.workspace import COPY, Workspace, memory_of, torch_dtype
 
 
 class Sum(NamedTuple):
-    """The CRC-32 of one piece of a file."""
+    """The CRC-32 of some bytes, and how many they are."""
 
     crc: int
     size: int
