@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import numpy as np
 import onnx
 import torch
@@ -75,7 +78,7 @@ def check(tensor: TensorProto) -> None:
 def from_bytes(tensor: TensorProto, data: bytearray | memoryview, offset: int = 0) -> Tensor:
     """View raw little-endian data, as the tensor's own dtype and shape, without copying it."""
     dtype = _TORCH.get(tensor.data_type, torch.uint8)
-    count = -1 if tensor.data_type not in _TORCH else int(np.prod(tensor.dims, dtype=np.int64))
+    count = -1 if tensor.data_type not in _TORCH else math.prod(tensor.dims)
     if count == 0 or len(data) == offset:
         return torch.zeros(tuple(tensor.dims), dtype=dtype)
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
@@ -96,6 +99,15 @@ def read_inline(tensor: TensorProto) -> Tensor:
     if array.size == 0:
         return torch.zeros(tuple(tensor.dims), dtype=_TORCH.get(tensor.data_type, torch.uint8))
     return from_bytes(tensor, bytearray(array.tobytes()))
+
+
+def bytes_of_inline(tensor: TensorProto) -> bytes:
+    """The data of a tensor as bytes, little-endian. Raises as `read_inline` does."""
+    if tensor.data_type in _TORCH and tensor.HasField("raw_data"):
+        size = itemsize(tensor) * math.prod(tensor.dims)
+        if len(tensor.raw_data) == size and sys.byteorder == "little":
+            return bytes(tensor.raw_data)
+    return to_bytes(read_inline(tensor))
 
 
 def write_inline(tensor: TensorProto, data: Tensor) -> None:

@@ -14,6 +14,9 @@ from wnconvert.carriers.onnx import external, tensors
 from wnconvert.files.raw import Inline, Raw
 from wnconvert.stream.plan import InFile, Pair, Stored
 
+_SMALL = 1 << 12
+"""Elements up to which the bytes of a tensor are taken out of the model."""
+
 
 def read(tensor: TensorProto, folder: Path) -> Tensor:
     """The values of a tensor; those of an external one are mapped.
@@ -35,9 +38,14 @@ def stored(tensor: TensorProto, folder: Path) -> Stored:
         part = external.locate(tensor, folder)
         raw = Raw(part.path, part.offset, part.length)
     else:
-        raw = Inline(tensors.to_bytes(tensors.read_inline(tensor)))
+        raw = Inline(tensors.bytes_of_inline(tensor))
     dtype = tensors.torch_name(tensor)
     return Stored(raw, "uint8", (raw.size,)) if dtype is None else Stored(raw, dtype, tuple(tensor.dims))
+
+
+def _is_for_the_engine(tensor: TensorProto) -> bool:
+    """Whether a tensor lies in a data file, or is so small that many of them are best worked on together."""
+    return external.is_external(tensor) or math.prod(tensor.dims) <= _SMALL
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ class Plain(InFile):
 
     def source(self) -> Stored | None:
         """See `InFile.source`."""
-        return stored(self.tensor, self.folder) if external.is_external(self.tensor) else None
+        return stored(self.tensor, self.folder) if _is_for_the_engine(self.tensor) else None
 
     def size(self) -> int:
         """See `InFile.size`."""
@@ -70,7 +78,7 @@ class Folded(InFile):
 
     def source(self) -> Pair | None:
         """See `InFile.source`. The magnitude may be in the model itself."""
-        if not external.is_external(self.v):
+        if not _is_for_the_engine(self.v):
             return None
         return Pair(self.name, stored(self.g, self.folder), stored(self.v, self.folder))
 
