@@ -92,6 +92,9 @@ def read_inline(tensor: TensorProto) -> Tensor:
         InputError: the data does not fill the shape; see also `check`.
     """
     check(tensor)
+    raw = _raw(tensor)
+    if raw is not None:
+        return from_bytes(tensor, bytearray(raw))
     try:
         array = np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(tuple(tensor.dims))
     except ValueError as error:
@@ -103,11 +106,18 @@ def read_inline(tensor: TensorProto) -> Tensor:
 
 def bytes_of_inline(tensor: TensorProto) -> bytes:
     """The data of a tensor as bytes, little-endian. Raises as `read_inline` does."""
-    if tensor.data_type in _TORCH and tensor.HasField("raw_data"):
-        size = itemsize(tensor) * math.prod(tensor.dims)
-        if len(tensor.raw_data) == size and sys.byteorder == "little":
-            return bytes(tensor.raw_data)
-    return to_bytes(read_inline(tensor))
+    check(tensor)
+    raw = _raw(tensor)
+    return to_bytes(read_inline(tensor)) if raw is None else raw
+
+
+def _raw(tensor: TensorProto) -> bytes | None:
+    """The data of a tensor as it is, if it is what torch has in memory."""
+    dtype = _TORCH.get(tensor.data_type)
+    if dtype is None or not tensor.HasField("raw_data") or sys.byteorder != "little":
+        return None
+    raw: bytes = tensor.raw_data
+    return raw if len(raw) == dtype.itemsize * math.prod(tensor.dims) else None
 
 
 def write_inline(tensor: TensorProto, data: Tensor) -> None:
