@@ -20,6 +20,12 @@ SAFE_NORM = {
 }
 
 
+def outside(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which magnitudes, in float64 and not negative, leave the range that is safe for a dtype."""
+    low, high = SAFE_NORM[dtype]
+    return (size < low) | (size > high)
+
+
 def exponents(part: Tensor, kept: int) -> Tensor:
     """Per row, the power of two that brings its largest element near 1, or 0 where none is needed."""
     axes = tuple(range(kept, part.dim()))
@@ -47,9 +53,8 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
     largest such k is the right one: where `g` is subnormal a smaller one may round to the same `g`, but stands for a
     row whose norm is below its own largest element.
     """
-    low, high = SAFE_NORM[dtype]
     size = g.double().abs()
-    candidate = (g > 0) & ((size < low) | (size > high)) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
+    candidate = (g > 0) & outside(size, dtype) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
     if not bool(candidate.any()):
         return None
     power = torch.zeros_like(norm)

@@ -145,9 +145,8 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
 
 def _to_change(g: Tensor, dtype: torch.dtype) -> list[int]:
     """Rows that need another `v` than their own values. `g` tells, because `fold` has nothing else to know them by."""
-    low, high = powers.SAFE_NORM[dtype]
     size = g.double()
-    return cast("list[int]", ((size == 0) | (size < low) | (size > high)).nonzero().flatten().tolist())
+    return cast("list[int]", ((size == 0) | powers.outside(size, dtype)).nonzero().flatten().tolist())
 
 
 def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
@@ -183,10 +182,9 @@ def fold_slab(g: Tensor, v: Tensor, lengths: Tensor) -> None:
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
     """Count the zero rows and the rescaled rows of a freshly split weight of this dtype from its `g`."""
-    low, high = powers.SAFE_NORM[dtype]
     size = g.detach().double().abs()
-    zero = int((size == 0).sum())
-    return RowCounts(zero, int(((size < low) | (size > high)).sum()) - (zero if low > 0 else 0))
+    zero = size == 0
+    return RowCounts(int(zero.sum()), int((powers.outside(size, dtype) & ~zero).sum()))
 
 
 def compose(g: Tensor, v: Tensor, reduced: tuple[int, ...] | None, *, like: Tensor | None = None) -> Tensor:

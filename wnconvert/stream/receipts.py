@@ -18,15 +18,18 @@ class Receipt(NamedTuple):
 
     Attributes:
         task: the task.
-        to: where it was told to.
         raw: the stretch that it filled.
         crc: the CRC-32 of that.
     """
 
     task: Fold | Split
-    to: Place
     raw: Raw
     crc: int
+
+    @property
+    def to(self) -> Place:
+        """Where the task was told to write."""
+        return Place(self.raw.path, self.raw.start)
 
 
 class Receipts:
@@ -106,7 +109,7 @@ class Receipts:
         if sums and len(sums) == len(parts):
             written = work.whole(sums)
             raw = Raw(to.path, to.start, written.size)
-            self._found[raw] = Receipt(task, to, raw, written.crc)
+            self._found[raw] = Receipt(task, raw, written.crc)
 
 
 def _form(stored: Stored) -> tuple[str, tuple[int, ...]]:

@@ -12,10 +12,8 @@ from torch import Tensor
 from wnconvert import weightnorm
 from wnconvert.carriers.onnx import external, tensors
 from wnconvert.files.raw import Inline, Raw
+from wnconvert.stream import batches
 from wnconvert.stream.plan import InFile, Pair, Stored
-
-_SMALL = 1 << 12
-"""Elements up to which the bytes of a tensor are taken out of the model."""
 
 
 def read(tensor: TensorProto, folder: Path) -> Tensor:
@@ -45,7 +43,7 @@ def stored(tensor: TensorProto, folder: Path) -> Stored:
 
 def _is_for_the_engine(tensor: TensorProto) -> bool:
     """Whether a tensor lies in a data file, or is so small that many of them are best worked on together."""
-    return external.is_external(tensor) or math.prod(tensor.dims) <= _SMALL
+    return external.is_external(tensor) or math.prod(tensor.dims) <= batches.SMALL
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
