@@ -8,6 +8,8 @@ computed in float64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,78 +32,109 @@ SPARE = 3 * _RUN
 """Elements of memory beside those that a part needs."""
 
 
-def multiply(x: Tensor, factor: Tensor, divisor: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> bool:
-    """Write `x * factor / divisor`, computed in float64 and rounded once, into `out`, if float32 decides most of it.
-
-    Args:
-        x: float16 or bfloat16, finite, its kept axes first.
-        factor: float64, finite, one per row as one axis.
-        divisor: the same, above zero.
-        out: of the shape and dtype of `x`, or `x` itself.
-        kept: number of kept axes.
-        scratch: float64 memory of two elements for each of `x`, and `SPARE` more. Overwritten.
-
-    Returns:
-        Whether it is done. Else `out` is as it was.
-    """
-    ratio, size = factor / divisor, x.numel()
-    if not _within_range(ratio.abs()):
-        return False
-    whole = -(-size // _RUN) * _RUN
-    single = scratch.view(torch.float32)
-    flat, products, rest = single[:whole], single[whole : 2 * whole], single[2 * whole :]
-    products[size:] = 0
-    shaped, values = rows.workspace(flat, x, kept)
-    result, by_row = rows.workspace(products, x, kept)
-    shaped.copy_(x)
-    torch.mul(values, ratio.float().unsqueeze(1), out=by_row)
-    at = (_near_middles if x.dtype == torch.bfloat16 else _undecided)(products, rest)
-    if at.numel() > size // 16:
-        return False
-    if at.numel():
-        row = at // values.shape[1] if values.is_contiguous() else at % values.shape[0]
-        products[at] = once(flat[at].double() * factor[row] / divisor[row], x.dtype).float()
-    out.copy_(result)
-    return True
-
-
-def _within_range(size: Tensor) -> bool:
+def suits(factor: Tensor) -> bool:
+    """Whether these factors, in float64, can be used in float32. Zeros can."""
+    size = factor.abs()
     least, most = (float(bound) for bound in size.aminmax())
     if least == 0:
         least = float(size.where(size != 0, most).amin())
     return least > 1 / _LARGE and most < _LARGE
 
 
-def _near_middles(products: Tensor, memory: Tensor) -> Tensor:
-    """The numbers of the products that may be rounded to the wrong value of bfloat16.
+class Products:
+    """The products of some rows with their factors, made a piece at a time.
 
-    That is the upper half of a float32, also where it is subnormal. So the lower half tells: it is near 2**15.
+    Args:
+        factor: float64, one per row as one axis, such that they suit.
+        out: float16 or bfloat16, where they go, its kept axes first.
     """
-    lower = memory[: products.numel()].view(torch.int32)
-    # Moved up, so that what is near comes right after the least integer.
-    moved = torch.tensor(_OFF << 16, dtype=torch.int32, device=products.device)
-    torch.add(moved, products.view(torch.int32), alpha=1 << 16, out=lower)
-    limit = _LEAST + (2 * _OFF << 16)
-    at = _expanded(lower.view(-1, _RUN).amin(1) <= limit)
-    return at[lower[at] <= limit]
+
+    def __init__(self, factor: Tensor, out: Tensor) -> None:
+        self._factor, self._out = factor, out
+        self._columns = out.numel() // factor.numel()
+        self._single = factor.float()
+        self._within = torch.arange(_RUN, device=out.device)
+        # Moved up by this, what is near a middle of bfloat16 comes right after the least integer.
+        self._moved = torch.tensor(_OFF << 16, dtype=torch.int32, device=out.device)
+        self._doubtful: list[_Runs] = []
+
+    def multiply(self, x: Tensor, out: Tensor, start: int, *, kept: int, scratch: Tensor) -> bool:
+        """Write the products of whole rows, or of a part of one, if float32 decides most of them.
+
+        Args:
+            x: finite, of the dtype of `out`.
+            out: a part of the whole `out`, or `x` itself.
+            start: number of its first element in the whole `out`, in logical order.
+            kept: axes of `x` that tell rows apart.
+            scratch: float64 memory of two elements for each of `x`, and `SPARE` more. Overwritten.
+
+        Returns:
+            Whether it is done. Else `out` is as it was.
+        """
+        size, first = x.numel(), start // self._columns
+        whole = -(-size // _RUN) * _RUN
+        single = scratch.view(torch.float32)
+        flat, products, rest = single[:whole], single[whole : 2 * whole], single[2 * whole :]
+        products[size:] = 0
+        shaped, values = rows.workspace(flat, x, kept)
+        result, by_row = rows.workspace(products, x, kept)
+        shaped.copy_(x)
+        torch.mul(values, self._single[first : first + values.shape[0]].unsqueeze(1), out=by_row)
+        doubt, limit = self._near_middles(products, rest) if x.dtype == torch.bfloat16 else _undecided(products, rest)
+        found = (doubt.amin(1) < limit).nonzero()
+        if found.numel() > doubt.shape[0] // 2:
+            return False
+        if found.numel():
+            runs = found[:, 0]
+            where = found * _RUN + self._within
+            if not values.is_contiguous():
+                where = where % values.shape[0] * self._columns + where // values.shape[0]
+            self._doubtful.append(_Runs(doubt[runs] < limit, where + start, flat.view(-1, _RUN)[runs]))
+        out.copy_(result)
+        return True
+
+    def finish(self) -> None:
+        """Write the elements that float32 did not decide. Comes after all pieces."""
+        if not self._doubtful:
+            return
+        doubtful, where, x = (torch.cat(parts) for parts in zip(*self._doubtful, strict=True))
+        where = where[doubtful]
+        exact = x[doubtful].double() * self._factor[where // self._columns]
+        self._out[torch.unravel_index(where, self._out.shape)] = once(exact, self._out.dtype)
+
+    def _near_middles(self, products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
+        """Tell which products may come to the wrong value of bfloat16: integers, in runs, and what they are below.
+
+        That is the upper half of a float32, also where it is subnormal. So the lower half tells: it is near 2**15.
+        """
+        lower = memory[: products.numel()].view(torch.int32)
+        torch.add(self._moved, products.view(torch.int32), alpha=1 << 16, out=lower)
+        return lower.view(-1, _RUN), _LEAST + (2 * _OFF << 16) + 1
 
 
-def _undecided(products: Tensor, memory: Tensor) -> Tensor:
-    """The numbers of the products that come to different values of float16 if they are a little smaller or larger.
+class _Runs(NamedTuple):
+    """Runs in which float32 did not decide everything, one above the other.
+
+    Attributes:
+        doubtful: which elements are to be computed again.
+        where: numbers of the elements in the whole.
+        x: what is multiplied, in float32.
+    """
+
+    doubtful: Tensor
+    where: Tensor
+    x: Tensor
+
+
+def _undecided(products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
+    """Tell which products come to different values of float16 if they are a little smaller or larger, as above.
 
     Rounding does not change the order of numbers, so the others come to what the exact product comes to.
     """
     size = products.numel()
     scaled, bounds = memory[:size], memory[size : 2 * size].view(torch.float16).view(2, size)
-    for bound, by in zip(bounds, (1 + _OFF * _EPS, 1 - _OFF * _EPS), strict=True):
+    for bound, by in zip(bounds, (1 - _OFF * _EPS, 1 + _OFF * _EPS), strict=True):
         bound.copy_(torch.mul(products, by, out=scaled))
     # Of one sign, bits as integers are in the order of the sizes.
-    upper, lower = bounds.view(torch.int16)
-    differ = upper.sub_(lower)
-    at = _expanded(differ.view(-1, _RUN).amax(1) > 0)
-    return at[differ[at] > 0]
-
-
-def _expanded(runs: Tensor) -> Tensor:
-    """The numbers of all elements of some runs."""
-    return (runs.nonzero() * _RUN + torch.arange(_RUN, device=runs.device)).flatten()
+    lower, upper = bounds.view(torch.int16)
+    return lower.sub_(upper).view(-1, _RUN), 0

@@ -14,40 +14,76 @@ from torch import Tensor
 
 from wnconvert import powers, rows, sums
 
+_TAIL = rows.SEGMENT // 2
+"""Elements of which the last sums are made for all rows at once: small ones take longer to call than to add. There is
+memory for as many beside a block."""
+
 
 def of_rows(view: Tensor, kept: int, block: int, scratch: Tensor) -> Tensor:
-    """The float64 norms of all rows, in order, as one axis. Overwrites `scratch`."""
-    found = torch.empty(math.prod(view.shape[:kept]), dtype=torch.float64, device=view.device)
-    first = 0
+    """The float64 norms of all rows, in order, as one axis.
+
+    Args:
+        view: of any float dtype, its kept axes first.
+        kept: number of kept axes.
+        block: elements worked on at a time.
+        scratch: float64 memory of two elements for each of a block, and of a segment. Overwritten.
+    """
+    count = math.prod(view.shape[:kept])
+    columns = view.numel() // count if count else 0
+    if columns > rows.SEGMENT:
+        return torch.cat([_of_long_row(row, block, scratch) for row in rows.parts(view, kept, block)])
+    if not columns:
+        return torch.zeros(count, dtype=torch.float64, device=view.device)
+    width = columns
+    while width > 1 and width * count > _TAIL:
+        width = (width + 1) // 2
+    if width * count <= _TAIL:
+        totals = scratch[scratch.numel() - width * count :].view(count, width)
+    else:
+        totals = torch.empty(count, 1, dtype=torch.float64, device=view.device)
+    exponents, first = [], 0
     for part in rows.parts(view, kept, block):
-        norm = of_part(part, kept, scratch)
-        found[first : first + norm.numel()] = norm
-        first += norm.numel()
-    return found
+        shaped, values = rows.workspace(scratch, part, kept)
+        shaped.copy_(_in_float32(part, kept, scratch) if part.dtype == torch.float16 else part)
+        if part.dtype == torch.float64:
+            exponents.append(_scaled(values, part, kept))
+        number = values.shape[0]
+        totals[first : first + number] = sums.halved(values.square_(), width)
+        first += number
+    return _root(totals, torch.cat(exponents) if exponents else None)
 
 
-def of_part(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
-    """The float64 norm of each row of one part, as one axis. Overwrites `scratch`, of twice as many elements."""
-    count = math.prod(part.shape[:kept])
-    columns = part.numel() // count
-    if columns == 0:
-        return torch.zeros(count, dtype=torch.float64, device=part.device)
-    # Only float64 itself can leave the range of float64 when squared; scaling by a power of two is exact.
-    exponent = powers.exponents(part, kept).reshape(count, 1) if part.dtype == torch.float64 else None
-    totals = torch.empty(count, -(-columns // rows.SEGMENT), dtype=torch.float64, device=part.device)
-    for i in range(totals.shape[1]):
-        start, stop = i * rows.SEGMENT, min((i + 1) * rows.SEGMENT, columns)
-        if count > 1:
-            shaped, segment = rows.workspace(scratch, part, kept)
-            shaped.copy_(_in_float32(part, kept, scratch) if part.dtype == torch.float16 else part)
-        else:
-            segment = scratch[: stop - start].view(1, -1)
-            rows.copy_range(part, start, stop, segment[0])
+def _of_long_row(row: Tensor, block: int, scratch: Tensor) -> Tensor:
+    """The norm of one row of more than a segment, as one axis."""
+    columns, step = row.numel(), max(1, block // rows.SEGMENT) * rows.SEGMENT
+    totals = torch.empty(1, -(-columns // rows.SEGMENT), dtype=torch.float64, device=row.device)
+    exponent = powers.exponents(row, 0).reshape(1) if row.dtype == torch.float64 else None
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        values = scratch[: stop - start]
+        rows.copy_range(row, start, stop, values)
         if exponent is not None:
-            segment.copy_(powers.ldexp(segment, -exponent))
-        totals[:, i] = sums.tree(segment.square_())
+            values.copy_(powers.ldexp(values, -exponent))
+        values.square_()
+        whole, done = (stop - start) // rows.SEGMENT, start // rows.SEGMENT
+        if whole:
+            totals[0, done : done + whole] = sums.tree(values[: whole * rows.SEGMENT].view(whole, rows.SEGMENT))
+        rest = values[whole * rows.SEGMENT :]
+        if rest.numel():
+            totals[0, -1] = sums.tree(rest.view(1, -1))
+    return _root(totals, exponent)
+
+
+def _scaled(values: Tensor, part: Tensor, kept: int) -> Tensor:
+    """Scale rows by powers of two so that they stay in the range of float64 when squared. Returns the exponents."""
+    exponent = powers.exponents(part, kept).reshape(-1)
+    values.copy_(powers.ldexp(values, -exponent.unsqueeze(1)))
+    return exponent
+
+
+def _root(totals: Tensor, exponent: Tensor | None) -> Tensor:
     norm = sums.tree(totals).sqrt()
-    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
+    return norm if exponent is None else powers.ldexp(norm, exponent)
 
 
 def _in_float32(part: Tensor, kept: int, scratch: Tensor) -> Tensor:
@@ -79,8 +115,7 @@ def of_columns(read: Callable[[int, int], Tensor], columns: int, dtype: torch.dt
             # Made once: small tensors that stay would scatter the large ones between them over the heap.
             totals = torch.empty(total.shape[0], -(-columns // rows.SEGMENT), dtype=torch.float64)
         totals[:, i] = total
-    norm = sums.tree(totals).sqrt()
-    return norm if exponent is None else powers.ldexp(norm, exponent[:, 0])
+    return _root(totals, None if exponent is None else exponent[:, 0])
 
 
 def _segment_total(

@@ -9,13 +9,18 @@ from torch import Tensor
 
 def tree(x: Tensor) -> Tensor:
     """Sum over axis 1 by adding the upper half to the lower half until one column is left. Overwrites `x`."""
+    return halved(x, 1)[:, 0]
+
+
+def halved(x: Tensor, width: int) -> Tensor:
+    """The columns that are left of `x` on the way of `tree` when they are at most `width`. Overwrites `x`."""
     n = x.shape[1]
-    while n > 1:
+    while n > width:
         half = (n + 1) // 2
         # In one call: `+=` on a slice would copy the result onto itself.
-        x[:, : n - half].add_(x[:, half:n])
+        x.narrow(1, 0, n - half).add_(x.narrow(1, half, n - half))
         n = half
-    return x[:, 0]
+    return x.narrow(1, 0, n)
 
 
 def tree_by_pieces(read: Callable[[int, int], Tensor], columns: int, width: int) -> Tensor:

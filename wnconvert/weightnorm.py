@@ -16,17 +16,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wnconvert import checks, eager, half_types, norms, powers, rows
+from wnconvert import checks, eager, half_types, norms, powers, products, rows
 from wnconvert.checks import DTYPES
 from wnconvert.directions import Direction, signed
 from wnconvert.errors import NotSplittable, UsageError
-from wnconvert.rounding import HALF, once
+from wnconvert.rounding import once
 from wnconvert.sites import Axis, RowCounts, pair_axis
 
 __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_counts", "split"]
 
 BLOCK = 1 << 19
 """Elements worked on at a time: few enough to stay in the cache, and enough to outweigh the calls into torch."""
+
+_TOGETHER = 4
+"""Blocks whose rows are looked at together: what is done for each row takes longer to call than to do."""
 
 SCRATCH = 2 * BLOCK + half_types.SPARE
 """Elements of float64 memory to work in that suffice for a block."""
@@ -126,11 +129,12 @@ def fold(
     view, kept, _ = rows.by_rows(v, axis, groups)
     out = rows.by_rows(w, axis, groups)[0]
     scratch, done = _scratch(v, block, scratch), 0
-    for part, target in zip(rows.parts(view, kept, block), rows.parts(out, kept, block), strict=True):
-        norm = norms.of_part(part, kept, scratch)
+    together = _TOGETHER * block
+    for part, target in zip(rows.parts(view, kept, together), rows.parts(out, kept, together), strict=True):
+        norm = norms.of_rows(part, kept, block, scratch)
         magnitude = g[done : done + norm.numel()]
         checks.require_directions(norm, magnitude, name, first + done)
-        _fold_part(magnitude, part, norm, target, kept=kept, scratch=scratch)
+        products.fold_rows(magnitude, part, norm, target, kept=kept, block=block, scratch=scratch)
         done += norm.numel()
     return w
 
@@ -177,7 +181,7 @@ def fold_slab(g: Tensor, v: Tensor, lengths: Tensor) -> None:
         v: `[rows, ...]`.
         lengths: norms of the whole rows, as one axis.
     """
-    _fold_part(g, v, lengths, v, kept=1, scratch=_scratch(v, v.numel()))
+    products.fold_rows(g, v, lengths, v, kept=1, block=v.numel(), scratch=_scratch(v, v.numel()))
 
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
@@ -272,48 +276,3 @@ def _scratch(w: Tensor, block: int, given: Tensor | None = None) -> Tensor:
     """One float64 buffer for all the work: fresh memory for every block would scatter over the heap and add up."""
     size = 2 * max(min(block, w.numel()), rows.SEGMENT) + half_types.SPARE
     return torch.empty(size, dtype=torch.float64, device=w.device) if given is None or given.numel() < size else given
-
-
-def _fold_part(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
-    """Write the folded rows of one part into `out`, a piece at a time if it is one long row. Overwrites `scratch`."""
-    fresh = once(norm, g.dtype) == g
-    if bool(fresh.all()):
-        # The result may go into v itself.
-        if out.data_ptr() != v.data_ptr():
-            out.copy_(v)
-        return
-    factor, divisor = _factors(g, norm, v.dtype, fresh)
-    single = norm.numel() == 1
-    step = rows.SEGMENT if single else max(v.numel(), 1)
-    for start in range(0, v.numel(), step):
-        stop = min(start + step, v.numel())
-        for x, y in zip(rows.pieces(v, start, stop), rows.pieces(out, start, stop), strict=True):
-            _multiply(x, factor, divisor, y, kept=0 if single else kept, scratch=scratch)
-
-
-def _multiply(x: Tensor, factor: Tensor, divisor: Tensor, out: Tensor, *, kept: int, scratch: Tensor) -> None:
-    """Write `x * factor / divisor`, computed in float64 and rounded once, into `out`. Both are per row, as one axis."""
-    if x.dtype in HALF and half_types.multiply(x, factor, divisor, out, kept=kept, scratch=scratch):
-        return
-    factor, divisor = (t.reshape((*x.shape[:kept], *(1,) * (x.dim() - kept))) for t in (factor, divisor))
-    w = rows.workspace(scratch, x, kept)[0].copy_(x).mul_(factor).div_(divisor)
-    if x.dtype == torch.float64:
-        # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
-        wide = (factor.abs() > 2.0**400) | (divisor > 2.0**400) | (divisor < 2.0**-400)
-        if bool(wide.any()):
-            w = torch.where(wide, factor * (x / divisor), w)
-    out.copy_(once(w, x.dtype) if x.dtype in HALF else w)
-
-
-def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row, what to multiply `v` by and then divide it by: `(g, ||v||)`, or a pair that gives `w` exactly.
-
-    - Where `g` is the rounded norm, nothing has trained: `(1, 1)`. That includes rows of zeros.
-    - Where `split` scaled `v` by a power of two: that power, taken back.
-    """
-    multiply, divide = g.double(), norm
-    power = powers.recognise(g, norm, dtype)
-    if power is not None:
-        first, second = powers.factors(power)
-        multiply, divide = torch.where(power != 0, first, multiply), torch.where(power != 0, 1 / second, divide)
-    return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from wnconvert.sites import Axis, kept_axes
 
-RUN = 1 << 20
+RUN = 1 << 21
 """Elements of a run of blocks: enough to outweigh the calls."""
 
 HELD = 16 << 20
