@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,14 +29,26 @@ def open_pair(g: Tensor, v: Tensor, name: str, first: int = 0) -> tuple[int, Axi
 
 def require_magnitudes(g: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> None:
     """Raise `PairError` for a magnitude that is not finite in the dtype of the direction."""
+    low, high = extremes(g.to(dtype))
+    if math.isfinite(low) and math.isfinite(high):
+        return
     require(g.isfinite(), PairError, f"{name}: row {{}} of g is NaN or infinite", first)
     require(g.to(dtype).isfinite(), PairError, f"{name}: row {{}} of g overflows the {dtype} of v", first)
 
 
 def require_directions(norm: Tensor, g: Tensor, name: str, first: int = 0) -> None:
     """Raise `PairError` for a row without a direction: not finite, or zero where its magnitude is not."""
+    low, high = extremes(norm)
+    if low > 0 and high < math.inf:
+        return
     require(norm.isfinite(), PairError, f"{name}: row {{}} of v holds NaN or infinity", first)
     require((norm != 0) | (g == 0), PairError, f"{name}: row {{}} of v is zero but its g is not", first)
+
+
+def extremes(x: Tensor) -> tuple[float, float]:
+    """The least and the largest value; both NaN if there is one, and zero if there is no value."""
+    low, high = x.double().aminmax() if x.numel() else (0.0, 0.0)
+    return float(low), float(high)
 
 
 def require(good: Tensor, error: type[Exception], message: str, first: int = 0) -> None:

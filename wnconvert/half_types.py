@@ -8,12 +8,10 @@ computed in float64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from wnconvert import rows
+from wnconvert import checks, rows
 from wnconvert.rounding import once
 
 _LARGE = 2.0**40
@@ -35,7 +33,7 @@ SPARE = 3 * _RUN
 def suits(factor: Tensor) -> bool:
     """Whether these factors, in float64, can be used in float32. Zeros can."""
     size = factor.abs()
-    least, most = (float(bound) for bound in size.aminmax())
+    least, most = checks.extremes(size)
     if least == 0:
         least = float(size.where(size != 0, most).amin())
     return least > 1 / _LARGE and most < _LARGE
@@ -53,10 +51,9 @@ class Products:
         self._factor, self._out = factor, out
         self._columns = out.numel() // factor.numel()
         self._single = factor.float()
-        self._within = torch.arange(_RUN, device=out.device)
         # Moved up by this, what is near a middle of bfloat16 comes right after the least integer.
         self._moved = torch.tensor(_OFF << 16, dtype=torch.int32, device=out.device)
-        self._doubtful: list[_Runs] = []
+        self._open: list[tuple[Tensor, Tensor]] = []
 
     def multiply(self, x: Tensor, out: Tensor, start: int, *, kept: int, scratch: Tensor) -> bool:
         """Write the products of whole rows, or of a part of one, if float32 decides most of them.
@@ -81,26 +78,24 @@ class Products:
         shaped.copy_(x)
         torch.mul(values, self._single[first : first + values.shape[0]].unsqueeze(1), out=by_row)
         doubt, limit = self._near_middles(products, rest) if x.dtype == torch.bfloat16 else _undecided(products, rest)
-        found = (doubt.amin(1) < limit).nonzero()
-        if found.numel() > doubt.shape[0] // 2:
+        runs = (doubt.amin(1) < limit).nonzero()[:, 0]
+        if runs.numel() > doubt.shape[0] // 2:
             return False
-        if found.numel():
-            runs = found[:, 0]
-            where = found * _RUN + self._within
-            if not values.is_contiguous():
-                where = where % values.shape[0] * self._columns + where // values.shape[0]
-            self._doubtful.append(_Runs(doubt[runs] < limit, where + start, flat.view(-1, _RUN)[runs]))
+        if runs.numel():
+            run, within = (doubt[runs] < limit).nonzero().unbind(1)
+            at = runs[run] * _RUN + within
+            row_major = values.is_contiguous()
+            where = at if row_major else at % values.shape[0] * self._columns + at // values.shape[0]
+            self._open.append((where + start, flat[at]))
         out.copy_(result)
         return True
 
     def finish(self) -> None:
         """Write the elements that float32 did not decide. Comes after all pieces."""
-        if not self._doubtful:
-            return
-        doubtful, where, x = (torch.cat(parts) for parts in zip(*self._doubtful, strict=True))
-        where = where[doubtful]
-        exact = x[doubtful].double() * self._factor[where // self._columns]
-        self._out[torch.unravel_index(where, self._out.shape)] = once(exact, self._out.dtype)
+        if self._open:
+            where, x = (torch.cat(parts) for parts in zip(*self._open, strict=True))
+            exact = x.double() * self._factor[where // self._columns]
+            self._out[rows.indices(where, self._out.shape)] = once(exact, self._out.dtype)
 
     def _near_middles(self, products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
         """Tell which products may come to the wrong value of bfloat16: integers, in runs, and what they are below.
@@ -110,20 +105,6 @@ class Products:
         lower = memory[: products.numel()].view(torch.int32)
         torch.add(self._moved, products.view(torch.int32), alpha=1 << 16, out=lower)
         return lower.view(-1, _RUN), _LEAST + (2 * _OFF << 16) + 1
-
-
-class _Runs(NamedTuple):
-    """Runs in which float32 did not decide everything, one above the other.
-
-    Attributes:
-        doubtful: which elements are to be computed again.
-        where: numbers of the elements in the whole.
-        x: what is multiplied, in float32.
-    """
-
-    doubtful: Tensor
-    where: Tensor
-    x: Tensor
 
 
 def _undecided(products: Tensor, memory: Tensor) -> tuple[Tensor, int]:

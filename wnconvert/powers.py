@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from wnconvert import checks
 from wnconvert.errors import NotSplittable
 from wnconvert.rounding import once
 
@@ -54,6 +55,9 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
     row whose norm is below its own largest element.
     """
     size = g.double().abs()
+    low, high = checks.extremes(size)
+    if low >= SAFE_NORM[dtype][0] and high <= SAFE_NORM[dtype][1]:
+        return None
     candidate = (g > 0) & outside(size, dtype) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
     if not bool(candidate.any()):
         return None

@@ -89,3 +89,12 @@ def row_index(row: int, shape: Sequence[int]) -> tuple[int, ...]:
         index.append(row % n)
         row //= n
     return tuple(reversed(index))
+
+
+def indices(numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """The index of elements, counted in row-major order, along each axis of a shape."""
+    found = []
+    for n in reversed(shape[1:]):
+        found.append(numbers % n)
+        numbers = numbers // n
+    return (numbers, *reversed(found)) if shape else ()
