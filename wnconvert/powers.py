@@ -27,6 +27,13 @@ def outside(size: Tensor, dtype: torch.dtype) -> Tensor:
     return (size < low) | (size > high)
 
 
+def ordinary(g: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all magnitudes are above zero and in the safe range of a dtype that can hold them."""
+    low, high = checks.extremes(g)
+    least, most = SAFE_NORM[dtype]
+    return low > 0 and low >= least and high <= min(most, torch.finfo(dtype).max)
+
+
 def exponents(part: Tensor, kept: int) -> Tensor:
     """Per row, the power of two that brings its largest element near 1, or 0 where none is needed."""
     axes = tuple(range(kept, part.dim()))
@@ -55,8 +62,7 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
     row whose norm is below its own largest element.
     """
     size = g.double().abs()
-    low, high = checks.extremes(size)
-    if low >= SAFE_NORM[dtype][0] and high <= SAFE_NORM[dtype][1]:
+    if ordinary(size, dtype):
         return None
     candidate = (g > 0) & outside(size, dtype) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
     if not bool(candidate.any()):

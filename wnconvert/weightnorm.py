@@ -159,8 +159,10 @@ def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, f
     Raises:
         NotSplittable: see `split`.
     """
-    checks.require(lengths.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
     g = once(lengths, g_dtype)
+    if powers.ordinary(g, dtype):
+        return g, []
+    checks.require(lengths.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
     # A wider g could hold more, but `fold` takes no magnitude that v's dtype cannot hold.
     finite = g.isfinite() & g.to(dtype).isfinite()
     checks.require(finite, NotSplittable, f"the norm of row {{}} overflows {str(dtype).removeprefix('torch.')}", first)
@@ -186,6 +188,8 @@ def fold_slab(g: Tensor, v: Tensor, lengths: Tensor) -> None:
 
 def row_counts(g: Tensor, dtype: torch.dtype) -> RowCounts:
     """Count the zero rows and the rescaled rows of a freshly split weight of this dtype from its `g`."""
+    if powers.ordinary(g.detach(), dtype):
+        return RowCounts(0, 0)
     size = g.detach().double().abs()
     zero = size == 0
     return RowCounts(int(zero.sum()), int((powers.outside(size, dtype) & ~zero).sum()))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from wnconvert.cli import options
-from wnconvert.cli.importing import unwatched
 from wnconvert.cli.outcome import Outcome, of_report, watching
+from wnconvert.garbage import unwatched
 from wnconvert.ranks import Ranks
 from wnconvert.sites import Dim, Scheme
 

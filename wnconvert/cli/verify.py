@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from wnconvert.cli import options
-from wnconvert.cli.importing import unwatched
 from wnconvert.cli.outcome import Outcome, printed, watching
 from wnconvert.errors import VerificationError
+from wnconvert.garbage import unwatched
 from wnconvert.ranks import Ranks
 
 

@@ -18,6 +18,7 @@ from wnconvert.carriers.onnx.pairs import Pair, emit, find_pairs
 from wnconvert.carriers.onnx.roots import OTHER_FORM
 from wnconvert.carriers.onnx.uses import find_uses
 from wnconvert.errors import UsageError
+from wnconvert.garbage import unwatched
 from wnconvert.sites import Dim, RowCounts, Scheme, Site, Use, resolve
 from wnconvert.stream import plan
 
@@ -75,9 +76,10 @@ class OnnxCarrier:
         if not self._edited:
             return
         self._edited = False
-        self.index = GraphIndex(self.model)
-        self._pairs = find_pairs(self.index)
-        self._by_name = self.index.constants()
+        with unwatched():
+            self.index = GraphIndex(self.model)
+            self._pairs = find_pairs(self.index)
+            self._by_name = self.index.constants()
         self._pair_of = {pair.v: pair for pair in self._pairs.values()}
         self._trained = _trained_names(self.model)
 

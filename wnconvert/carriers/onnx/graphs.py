@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
@@ -48,8 +48,7 @@ class Scope:
         return None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Consumer:
+class Consumer(NamedTuple):
     """A node that reads a value, and at which input."""
 
     scope: Scope
@@ -155,22 +154,26 @@ class GraphIndex:
         self.names.add(value.name)
 
     def _add(self, scope: Scope, node: NodeProto) -> None:
-        self.names.add(node.name)
-        _require_text(node.op_type, node.domain, node.name, *node.input, *node.output)
-        inputs = [(position, scope.find(name)) for position, name in enumerate(node.input) if name]
-        for position, value in inputs:
+        # Each field is asked for once: there are many nodes, and protobuf makes a new object for every answer.
+        name, op_type, domain, given, made = node.name, node.op_type, node.domain, [*node.input], [*node.output]
+        _require_text(op_type, domain, name, *given, *made)
+        self.names.add(name)
+        bodies = list(_bodies(node))
+        fixed = any(given) and not bodies
+        for position, read in enumerate(given):
+            value = scope.find(read) if read else None
             if value is not None:
                 value.consumers.append(Consumer(scope, node, position))
-        bodies = list(_bodies(node))
-        fixed = bool(inputs) and not bodies and all(value is not None and value.fixed for _, value in inputs)
-        tensor = attribute(node, "value") if is_op(node, "Constant") else None
-        for name in node.output:
-            if tensor is not None and name:
-                self._define(Constant(scope, name, node, fixed=True, tensor=tensor.t))
-            elif name:
-                self._define(Value(scope, name, node, fixed=fixed or is_op(node, "Constant")))
+            fixed = fixed and (not read or (value is not None and value.fixed))
+        constant = op_type == "Constant" and domain in DEFAULT_DOMAINS
+        tensor = attribute(node, "value") if constant else None
+        for written in made:
+            if tensor is not None and written:
+                self._define(Constant(scope, written, node, fixed=True, tensor=tensor.t))
+            elif written:
+                self._define(Value(scope, written, node, fixed=fixed or constant))
         for part, graph in bodies:
-            path = f"{scope.path}{node.name or next(iter(node.output), node.op_type)}.{part}/"
+            path = f"{scope.path}{name or next(iter(made), op_type)}.{part}/"
             self._enter(Scope(graph, scope, node, path))
 
     def _label(self) -> dict[Constant, str]:

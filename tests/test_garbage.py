@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from wnconvert.cli.importing import unwatched
+from wnconvert.garbage import unwatched
 
 
 def enabled_meanwhile() -> bool:

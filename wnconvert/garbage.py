@@ -1,4 +1,4 @@
-"""Importing what takes long."""
+"""Making many objects that stay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Import without looking for garbage meanwhile: torch makes a million objects that stay, and is there sooner."""
+    """Do not look for garbage meanwhile: importing torch makes a million objects that stay, and takes less time so."""
     enabled = gc.isenabled()
     gc.disable()
     try:
