@@ -28,7 +28,7 @@ __all__ = ["BLOCK", "DTYPES", "RowCounts", "compose", "fold", "pair_axis", "row_
 BLOCK = 1 << 19
 """Elements worked on at a time: few enough to stay in the cache, and enough to outweigh the calls into torch."""
 
-_TOGETHER = 4
+_TOGETHER = 8
 """Blocks whose rows are looked at together: what is done for each row takes longer to call than to do."""
 
 SCRATCH = 2 * BLOCK + half_types.SPARE

@@ -57,7 +57,7 @@ def jobs(tasks: Sequence[Task]) -> Iterator[Job]:
             continue
         group = waiting.setdefault(kind, [])
         group.append(i)
-        if len(group) == TOGETHER or len(group) * _elements(task) >= RUN:
+        if len(group) == TOGETHER or len(group) * size(task) >= RUN:
             yield from _group(tasks, waiting.pop(kind))
     for group in waiting.values():
         yield from _group(tasks, group)

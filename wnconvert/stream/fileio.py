@@ -16,9 +16,10 @@ from wnconvert.files.raw import Raw
 _OPEN = 64
 """Files of each kind that are kept open."""
 
-_WRITTEN = 128 << 10
+_WRITTEN = 512 << 10
 """Bytes written at a time. For more, file systems take memory in large blocks, which a virtual machine that gives free
-memory back to its host has to ask for again: to ext4 there, 4 GB by 1 MB at a time took twice as long."""
+memory back to its host has to ask for again: to ext4 there, 2 GB by 1 MB at a time took three times as long. For less,
+it is the lock of the interpreter that takes long: a thread must have it back after each write."""
 
 _CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 

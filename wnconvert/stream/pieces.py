@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from wnconvert.sites import Axis, kept_axes
 
-RUN = 1 << 21
-"""Elements of a run of blocks: enough to outweigh the calls."""
+RUN = 8 << 20
+"""Bytes of a run of blocks: enough to outweigh the calls."""
 
 HELD = 16 << 20
 """Bytes of a block that is still held as a whole."""
@@ -97,7 +97,7 @@ def cut(
         axis: see `weightnorm.split`, as for `groups`.
         groups: above 1, the axis refers to the weight seen in groups.
         itemsize: bytes of an element.
-        run: elements of a run.
+        run: bytes of a run.
         held: bytes of a block that is held as a whole.
         slab: elements of a slab at a time.
     """
@@ -112,7 +112,7 @@ def cut(
         return
     folded = _as_three(rest, kept_rest)
     if folded is None or block_size * itemsize <= held:
-        step = max(1, run // block_size)
+        step = max(1, run // (block_size * itemsize))
         for first in range(0, blocks, step):
             count = min(step, blocks - first)
             run_axis = (0, *(i + 1 for i in kept_rest)) if lead else kept_rest
