@@ -95,7 +95,7 @@ class Products:
         if self._open:
             where, x = (torch.cat(parts) for parts in zip(*self._open, strict=True))
             exact = x.double() * self._factor[where // self._columns]
-            self._out[rows.indices(where, self._out.shape)] = once(exact, self._out.dtype)
+            self._out[rows.index_of(where, self._out.shape)] = once(exact, self._out.dtype)
 
     def _near_middles(self, products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
         """Tell which products may come to the wrong value of bfloat16: integers, in runs, and what they are below.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from wnconvert.sites import Axis, kept_axes
+
+_Number = TypeVar("_Number", int, Tensor)
 
 SEGMENT = 1 << 16
 """Elements of a row taken at a time. Fixed, because it decides the order in which squares are added."""
@@ -82,19 +85,10 @@ def copy_range(part: Tensor, start: int, stop: int, target: Tensor) -> None:
         first += piece.numel()
 
 
-def row_index(row: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """The index of a row, counted over all kept axes, along each of them."""
+def index_of(number: _Number, shape: Sequence[int]) -> tuple[_Number, ...]:
+    """The index along each axis of what has this number, or these numbers, in row-major order."""
     index = []
     for n in reversed(shape):
-        index.append(row % n)
-        row //= n
+        index.append(number % n)
+        number = number // n
     return tuple(reversed(index))
-
-
-def indices(numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """The index of elements, counted in row-major order, along each axis of a shape."""
-    found = []
-    for n in reversed(shape[1:]):
-        found.append(numbers % n)
-        numbers = numbers // n
-    return (numbers, *reversed(found)) if shape else ()

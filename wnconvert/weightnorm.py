@@ -83,7 +83,7 @@ def split(
         v = w if overwrite else w.clone(memory_format=torch.preserve_format)
         target = rows.by_rows(v, axis, groups)[0]
         for row in changed:
-            index = rows.row_index(row, view.shape[:kept])
+            index = rows.index_of(row, view.shape[:kept])
             if lengths[row] == 0:
                 (direction,) = Direction(name, first + row, view[index].numel()).pieces(view[index].numel())
                 target[index] = signed(direction, view[index])

@@ -154,9 +154,9 @@ class GraphIndex:
         self.names.add(value.name)
 
     def _add(self, scope: Scope, node: NodeProto) -> None:
-        # Each field is asked for once: there are many nodes, and protobuf makes a new object for every answer.
-        name, op_type, domain, given, made = node.name, node.op_type, node.domain, [*node.input], [*node.output]
-        _require_text(op_type, domain, name, *given, *made)
+        # Asked for once: there are many nodes, and protobuf makes a new object for every answer.
+        name, given, made = node.name, [*node.input], [*node.output]
+        _require_text(node.op_type, node.domain, name, *given, *made)
         self.names.add(name)
         bodies = list(_bodies(node))
         fixed = any(given) and not bodies
@@ -165,7 +165,7 @@ class GraphIndex:
             if value is not None:
                 value.consumers.append(Consumer(scope, node, position))
             fixed = fixed and (not read or (value is not None and value.fixed))
-        constant = op_type == "Constant" and domain in DEFAULT_DOMAINS
+        constant = is_op(node, "Constant")
         tensor = attribute(node, "value") if constant else None
         for written in made:
             if tensor is not None and written:
@@ -173,7 +173,7 @@ class GraphIndex:
             elif written:
                 self._define(Value(scope, written, node, fixed=fixed or constant))
         for part, graph in bodies:
-            path = f"{scope.path}{name or next(iter(made), op_type)}.{part}/"
+            path = f"{scope.path}{name or next(iter(made), node.op_type)}.{part}/"
             self._enter(Scope(graph, scope, node, path))
 
     def _label(self) -> dict[Constant, str]:
