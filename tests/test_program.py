@@ -319,6 +319,7 @@ class Changes(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_changed_in_place_after_it_was_computed_is_left_alone(dtype: torch.dtype) -> None:
     net, x = Changes(dtype), torch.randn(2, 4, dtype=dtype)
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     with torch.no_grad():
         program = exported(net, x=x)
         result = wnconvert.fold(program)
@@ -329,4 +330,4 @@ def test_a_weight_changed_in_place_after_it_was_computed_is_left_alone(dtype: to
         assert all("changed in place" in reason for reason in reasons.values()), reasons
         module = copy.deepcopy(result.model.module())
         for _ in range(2):
-            torch.testing.assert_close(module(x), net(x))
+            torch.testing.assert_close(module(x), net(x), **tolerance)

@@ -250,7 +250,7 @@ def test_a_layer_used_twice_and_tied_weights_fold_once(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.three(self.again(self.two(self.one(x))))
 
-    module, x = torch.jit.script(trained(Shared())), torch.randn(2, 4)
+    module, x = torch.jit.script(trained(Shared().double())), torch.randn(2, 4, dtype=torch.float64)
     path = saved(module, tmp_path)
     sites = wnconvert.find(torch.jit.load(path))
     result = folded(path)
