@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wnconvert import rows, sums
+from wnconvert.rounding import root
 
 
 class Direction:
@@ -20,7 +21,7 @@ class Direction:
         totals = torch.empty(1, -(-size // rows.SEGMENT), dtype=torch.float64)
         for i, sample in enumerate(self._samples(rows.SEGMENT)):
             totals[0, i] = sums.tree(sample.square_().view(1, -1))[0]
-        self._norm = sums.tree(totals).sqrt()
+        self._norm = root(sums.tree(totals))
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         """Yield the elements in order, in float64, `size` at a time."""

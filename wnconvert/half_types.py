@@ -23,6 +23,9 @@ _OFF = 2
 _RUN = 128
 """Elements looked at as one."""
 
+_HELD = 1 << 16
+"""Elements that wait to be computed in float64: together takes one call, but no memory without bounds."""
+
 _EPS = torch.finfo(torch.float32).eps
 _LEAST = torch.iinfo(torch.int32).min
 
@@ -56,7 +59,7 @@ class Products:
         self._open: list[tuple[Tensor, Tensor]] = []
 
     def multiply(self, x: Tensor, out: Tensor, start: int, *, kept: int, scratch: Tensor) -> bool:
-        """Write the products of whole rows, or of a part of one, if float32 decides most of them.
+        """Write the products of whole rows, or of a part of one, unless float32 leaves too many open.
 
         Args:
             x: finite, of the dtype of `out`.
@@ -71,34 +74,38 @@ class Products:
         size, first = x.numel(), start // self._columns
         whole = -(-size // _RUN) * _RUN
         single = scratch.view(torch.float32)
-        flat, products, rest = single[:whole], single[whole : 2 * whole], single[2 * whole :]
+        products, rest = single[:whole], single[whole:]
         products[size:] = 0
-        shaped, values = rows.workspace(flat, x, kept)
         result, by_row = rows.workspace(products, x, kept)
-        shaped.copy_(x)
-        torch.mul(values, self._single[first : first + values.shape[0]].unsqueeze(1), out=by_row)
-        doubt, limit = self._near_middles(products, rest) if x.dtype == torch.bfloat16 else _undecided(products, rest)
-        runs = (doubt.amin(1) < limit).nonzero()[:, 0]
-        if runs.numel() > doubt.shape[0] // 2:
+        result.copy_(x)
+        by_row.mul_(self._single[first : first + by_row.shape[0]].unsqueeze(1))
+        margin, limit = self._to_middles(products, rest) if x.dtype == torch.bfloat16 else _to_others(products, rest)
+        runs = (margin.amin(1) < limit).nonzero()[:, 0]
+        if runs.numel() > margin.shape[0] // 2:
             return False
         if runs.numel():
-            run, within = (doubt[runs] < limit).nonzero().unbind(1)
-            at = runs[run] * _RUN + within
-            row_major = values.is_contiguous()
-            where = at if row_major else at % values.shape[0] * self._columns + at // values.shape[0]
-            self._open.append((where + start, flat[at]))
+            run, within = (margin[runs] < limit).nonzero().unbind(1)
+            where = runs[run] * _RUN + within
+            if where.numel() > size // 16:
+                return False
+            if not by_row.is_contiguous():
+                where = where % by_row.shape[0] * self._columns + where // by_row.shape[0]
+            self._open.append((where + start, x[rows.index_of(where, x.shape)]))
         out.copy_(result)
+        if sum(where.numel() for where, _ in self._open) > _HELD:
+            self.finish()
         return True
 
     def finish(self) -> None:
-        """Write the elements that float32 did not decide. Comes after all pieces."""
+        """Write the elements of these pieces that float32 did not decide. Comes after the last one."""
         if self._open:
             where, x = (torch.cat(parts) for parts in zip(*self._open, strict=True))
             exact = x.double() * self._factor[where // self._columns]
             self._out[rows.index_of(where, self._out.shape)] = once(exact, self._out.dtype)
+            self._open.clear()
 
-    def _near_middles(self, products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
-        """Tell which products may come to the wrong value of bfloat16: integers, in runs, and what they are below.
+    def _to_middles(self, products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
+        """Tell which products may come to the wrong value of bfloat16: integers, in runs, and what theirs are below.
 
         That is the upper half of a float32, also where it is subnormal. So the lower half tells: it is near 2**15.
         """
@@ -107,7 +114,7 @@ class Products:
         return lower.view(-1, _RUN), _LEAST + (2 * _OFF << 16) + 1
 
 
-def _undecided(products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
+def _to_others(products: Tensor, memory: Tensor) -> tuple[Tensor, int]:
     """Tell which products come to different values of float16 if they are a little smaller or larger, as above.
 
     Rounding does not change the order of numbers, so the others come to what the exact product comes to.

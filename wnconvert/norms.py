@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wnconvert import powers, rows, sums
+from wnconvert.rounding import root
 
 _TAIL = rows.SEGMENT // 2
 """Elements of which the last sums are made for all rows at once: small ones take longer to call than to add. There is
@@ -45,10 +46,13 @@ def of_rows(view: Tensor, kept: int, block: int, scratch: Tensor) -> Tensor:
     for part in rows.parts(view, kept, block):
         shaped, values = rows.workspace(scratch, part, kept)
         shaped.copy_(_in_float32(part, kept, scratch) if part.dtype == torch.float16 else part)
+        number = values.shape[0]
         if part.dtype == torch.float64:
             exponents.append(_scaled(values, part, kept))
-        number = values.shape[0]
-        totals[first : first + number] = sums.halved(values.square_(), width)
+            half = sums.halved(values.square_(), width)
+        else:
+            half = sums.halved_squares(values, width)
+        totals[first : first + number] = half
         first += number
     return _root(totals, torch.cat(exponents) if exponents else None)
 
@@ -82,7 +86,7 @@ def _scaled(values: Tensor, part: Tensor, kept: int) -> Tensor:
 
 
 def _root(totals: Tensor, exponent: Tensor | None) -> Tensor:
-    norm = sums.tree(totals).sqrt()
+    norm = root(sums.tree(totals))
     return norm if exponent is None else powers.ldexp(norm, exponent)
 
 

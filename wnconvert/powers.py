@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from wnconvert import checks
+from wnconvert import checks, rounding
 from wnconvert.errors import NotSplittable
 from wnconvert.rounding import once
 
@@ -49,9 +49,9 @@ def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float64 powers of two whose product is `2**exponent`."""
+    """Two float64 powers of two whose product is `2**exponent`, for exponents between any two float64."""
     half = torch.div(exponent, 2, rounding_mode="floor")
-    return torch.pow(2.0, half.double()), torch.pow(2.0, (exponent - half).double())
+    return rounding.power(half), rounding.power(exponent - half)
 
 
 def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from wnconvert import half_types, powers, rows
 from wnconvert.rounding import HALF, once
 
+_FAR = 1000
+"""Exponents up to this far from zero are those of normal float64."""
+
 
 def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, block: int, scratch: Tensor) -> None:
     """Write the weights of some rows into `out`.
@@ -33,8 +36,7 @@ def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, blo
         return
     factor, divisor = _factors(g, norm, v.dtype, fresh)
     if v.dtype == torch.float64:
-        for piece in _cut(v, out, kept, block):
-            _in_its_own_dtype(piece, factor[piece.rows], divisor[piece.rows], scratch)
+        _multiply_and_divide(_cut(v, out, kept, block), factor, divisor, scratch)
         return
     factor.div_(divisor)
     half = half_types.Products(factor, out) if v.dtype in HALF and half_types.suits(factor) else None
@@ -98,10 +100,21 @@ def _factors(g: Tensor, norm: Tensor, dtype: torch.dtype, fresh: Tensor) -> tupl
     return torch.where(fresh, 1.0, multiply), torch.where(fresh, 1.0, divide)
 
 
-def _in_its_own_dtype(piece: _Piece, factor: Tensor, divisor: Tensor, scratch: Tensor) -> None:
-    """Write `x * factor / divisor` for float64, which has no wider type to hold the ratio in."""
-    factor, divisor = piece.along(factor), piece.along(divisor)
-    w = rows.workspace(scratch, piece.x, piece.kept)[0].copy_(piece.x).mul_(factor).div_(divisor)
-    # g * v may leave the range of float64 although the weight does not; v / ||v|| cannot.
-    wide = (factor.abs() > 2.0**400) | (divisor > 2.0**400) | (divisor < 2.0**-400)
-    piece.out.copy_(torch.where(wide, factor * (piece.x / divisor), w) if bool(wide.any()) else w)
+def _multiply_and_divide(pieces: Iterator[_Piece], factor: Tensor, divisor: Tensor, scratch: Tensor) -> None:
+    """Write `x * factor / divisor` for float64, which has no wider type to hold the ratio in.
+
+    Both are scaled by the same power of two first, which brings the divisor to [1/2, 1). Then `x * factor` leaves the
+    range only where the weight does.
+    """
+    exponent = torch.frexp(divisor).exponent
+    wanted = torch.frexp(factor).exponent - exponent
+    # What is left of the power where the factor itself would leave the range.
+    rest = wanted - wanted.clamp(-_FAR, _FAR)
+    factor, divisor = powers.ldexp(factor, -exponent - rest), powers.ldexp(divisor, -exponent)
+    before, after = (rest.clamp(min=0), rest.clamp(max=0)) if bool(rest.any()) else (None, None)
+    for piece in pieces:
+        w = rows.workspace(scratch, piece.x, piece.kept)[0].copy_(piece.x)
+        if before is not None:
+            w.copy_(powers.ldexp(w, piece.along(before[piece.rows])))
+        w.mul_(piece.along(factor[piece.rows])).div_(piece.along(divisor[piece.rows]))
+        piece.out.copy_(w if after is None else powers.ldexp(w, piece.along(after[piece.rows])))

@@ -1,7 +1,8 @@
-"""Rounding float64 once, to nearest with ties to even."""
+"""Rounding float64 once, to nearest with ties to even, whatever library torch was built with."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,3 +28,13 @@ def once(x: Tensor, dtype: torch.dtype) -> Tensor:
     even = (nearest.view(torch.int32) & 1) == 0
     odd = torch.nextafter(nearest, torch.where(rest > 0, torch.inf, -torch.inf).to(nearest.dtype))
     return torch.where((rest.abs() > 0) & even, odd, nearest).to(dtype)
+
+
+def root(x: Tensor) -> Tensor:
+    """The square roots of float64. The vector library in some builds of torch for CPU is off by an ulp in places."""
+    return torch.as_tensor(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
+def power(exponent: Tensor) -> Tensor:
+    """`2**exponent` in float64, for integers from -1022 to 1023, made of its bits."""
+    return (exponent.long() + 1023 << 52).view(torch.float64)

@@ -23,6 +23,18 @@ def halved(x: Tensor, width: int) -> Tensor:
     return x.narrow(1, 0, n)
 
 
+def halved_squares(x: Tensor, width: int) -> Tensor:
+    """The same of the squares of `x`, which must be exact in its dtype: then it does not matter where they are made."""
+    n = x.shape[1]
+    if n <= width:
+        return x.square_()
+    half = (n + 1) // 2
+    lower, upper = x.narrow(1, 0, half), x.narrow(1, half, n - half)
+    lower.square_()
+    lower.narrow(1, 0, n - half).addcmul_(upper, upper)
+    return halved(lower, width)
+
+
 def tree_by_pieces(read: Callable[[int, int], Tensor], columns: int, width: int) -> Tensor:
     """The same sum, bit for bit, of rows that are read a few columns at a time, each column once.
 
