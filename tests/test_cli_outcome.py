@@ -108,7 +108,7 @@ def test_quiet(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["apply", "model.fake", "-o", "model.fake"], 2, "would replace the input"),
         (["fold", "model.fake"], 4, "nothing to fold"),
         (["rename", "model.fake", "--to", "legacy"], 4, "nothing to rename"),
-        (["apply", "model.fake", "--exclude", "layer.*"], 4, "no weight to split (an embedding"),
+        (["apply", "model.fake", "--exclude", "layer.*"], 4, "model.fake: no weight to split (an embedding"),
         (["inspect", "model.fake", "--include", "layer.*", "--exclude", "*"], 4, "the patterns leave no weight"),
     ],
 )

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.checkpoints import FORMATS, Format, document, state
 from wnconvert import convert, files, jobs
-from wnconvert.errors import InputError, UsageError, WnconvertError
+from wnconvert.compare import compare_files
+from wnconvert.errors import InputError, PairError, UsageError, WnconvertError
 from wnconvert.files import sharded
+from wnconvert.sites import Selection
 
 SINGLE = pytest.mark.parametrize("form", FORMATS[:-1], ids=lambda form: form.name)
 
@@ -106,6 +109,19 @@ def test_torch_files_without_a_network(value: Any, said: str, tmp_path: Path) ->
         document(tmp_path / "in.pt")
 
 
+def test_an_archive_that_claims_to_be_encrypted(tmp_path: Path) -> None:
+    path = tmp_path / "in.pt"
+    torch.save({"fc.weight": torch.rand(3, 4)}, path)
+    data = bytearray(path.read_bytes())
+    # The flags of the first record, here and in the directory at the end.
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1
+    path.write_bytes(data)
+
+    with pytest.raises(InputError):
+        document(path)
+
+
 def test_folders_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder without an index of shards"):
         files.read(tmp_path)
@@ -173,6 +189,50 @@ def test_header_longer_than_the_file(length: int, tmp_path: Path) -> None:
 def test_header_without_tensors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no tensors"):
         document(_safetensors(tmp_path / "in.safetensors", {}, b""))
+
+
+_FLOATS = struct.pack("<32f", *range(1, 33))
+_MAGNITUDES = struct.pack("<4f", *[1.0] * 4)
+
+
+@pytest.mark.parametrize("code", ["F4", "I64", "F8_E4M3", "C64", "XYZ"])
+@pytest.mark.parametrize("odd", ["g", "v"])
+def test_a_pair_of_another_dtype_stays_as_it_is(code: str, odd: str, tmp_path: Path) -> None:
+    # Twice as many bytes for each element as complex numbers have, half a byte for the smallest.
+    size = {"F4": 0.5, "I64": 8, "C64": 8}.get(code, 1)
+    tensors = {
+        "a.weight_g": (code if odd == "g" else "F32", [4, 1], bytes(int(4 * size)) if odd == "g" else _MAGNITUDES),
+        "a.weight_v": (code if odd == "v" else "F32", [4, 8], bytes(int(32 * size)) if odd == "v" else _FLOATS),
+        "b.weight_g": ("F32", [4, 1], _MAGNITUDES),
+        "b.weight_v": ("F32", [4, 8], _FLOATS),
+        "c.weight": ("F32", [4, 8], _FLOATS),
+        "c.bias": ("F32", [4], _MAGNITUDES),
+    }
+    table, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        table[name] = _row(shape, len(data), len(data) + len(raw), dtype)
+        data += raw
+    source = _safetensors(tmp_path / "in.safetensors", table, data)
+
+    for command in ("fold", "apply", "rename"):
+        result = tmp_path / f"{command}.safetensors"
+        report = jobs.convert_file(source, result, jobs.Job(command, names="parametrized"))
+        assert report.weights_verified
+        opened = document(result)
+        found = [{e.name: e.load().tolist() for e in d.carrier.entries()} for d in (document(source), opened)]
+        assert all(found[0][name] == found[1][name] for name in ("a.weight_g", "a.weight_v"))
+    assert compare_files(source, source).weights.identical
+
+
+def test_a_pair_that_is_left_alone_may_hold_anything(tmp_path: Path) -> None:
+    nan = torch.full((4, 8), torch.nan)
+    pairs = {"a.weight_g": torch.rand(4, 1), "a.weight_v": nan}
+    pairs |= {"b.weight_g": torch.rand(4, 1), "b.weight_v": torch.rand(4, 8)}
+    save_file(pairs, tmp_path / "in.safetensors")
+    job = jobs.Job("fold", selection=Selection(exclude=("a.*",)))
+    assert jobs.convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", job).weights_verified
+    with pytest.raises(PairError, match=r"a\.weight: row 0 of v holds NaN"):
+        jobs.convert_file(tmp_path / "in.safetensors", tmp_path / "all.safetensors", jobs.Job("fold"))
 
 
 class TestShards:

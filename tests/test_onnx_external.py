@@ -16,6 +16,7 @@ from tests.reference import same_bits
 from wnconvert import files, weightnorm
 from wnconvert.carriers.onnx import external
 from wnconvert.errors import InputError
+from wnconvert.files import ReadOptions
 from wnconvert.jobs import Job, convert_file
 
 DTYPES = ("float32", "float16")
@@ -189,6 +190,20 @@ def test_bad_references_are_one_clear_line(tmp_path, entries, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("dims", [[3], [1 << 62, 4], [1 << 33, 1 << 33]])
+def test_integers_that_do_not_fill_their_shape_are_refused(tmp_path, dims):
+    m = network()
+    m.graph.initializer.add(name="n", data_type=TensorProto.INT64, raw_data=bytes(8)).dims[:] = [1]
+    path = make_external(m, tmp_path)
+    m = loaded(path)
+    (n,) = (t for t in m.graph.initializer if t.name == "n")
+    n.dims[:] = dims
+    path.write_bytes(serialized(m))
+    for job in (Job("apply"), Job("apply", reading=ReadOptions(single_file=True))):
+        with pytest.raises(InputError, match="but its entry says 8"):
+            convert_file(path, tmp_path / "out.onnx", job)
 
 
 def test_a_truncated_file_is_named(tmp_path):

@@ -24,7 +24,7 @@ from tests.onnx_models import (
     value,
 )
 from wnconvert import compare, convert
-from wnconvert.errors import NothingToDo, UsageError
+from wnconvert.errors import InputError, NothingToDo, UsageError
 from wnconvert.sites import Selection
 
 RNG = np.random.default_rng(7)
@@ -386,3 +386,15 @@ def test_the_names_of_layers_are_kept():
     split = applied(layer(CASES[0]))
     assert split.graph.node[-1].name == "layer"
     assert "layer" in onnx.printer.to_text(split.graph)
+
+
+def test_a_name_of_two_tensors_is_refused():
+    twice = model(helper.make_graph([matmul("w")], "g", [X], [Y], [tensor("w", W), tensor("w", W2)]), 17)
+    body = helper.make_graph([matmul("w", "then")], "then", [], [value("then", "float32", None)], [tensor("w", W2)])
+    other = helper.make_graph([matmul("w", "else")], "else", [], [value("else", "float32", None)])
+    node = helper.make_node("If", ["on"], ["y"], then_branch=body, else_branch=other)
+    on = helper.make_tensor("on", TensorProto.BOOL, [], [True])
+    shadowed = model(helper.make_graph([node], "g", [X], [Y], [on, tensor("w", W)]), 17)
+    for bad in (twice, shadowed):
+        with pytest.raises(InputError, match="two tensors of the name 'w'"):
+            carrier(bad)

@@ -114,7 +114,7 @@ def _compare_each(
     pairs: Mapping[str, tuple[_Side, _Side]], watcher: Watcher, receipts: Receipts | None
 ) -> dict[str, Difference | None]:
     stored = [Compare(name, *found) for name, sides in pairs.items() if (found := _in_files(*sides)) is not None]
-    compared = _compare_stored(stored, watcher, receipts)
+    compared = _compare_stored(stored, watcher, receipts) if stored else {}
     for name in watcher.each([name for name in pairs if name not in compared]):
         x, y = pairs[name]
         compared[name] = _compare_loaded(name, x(), y())
@@ -136,22 +136,44 @@ def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...], int]:
 
 
 def _compare_stored(tasks: list[Compare], watcher: Watcher, receipts: Receipts | None) -> dict[str, Difference | None]:
+    """Compare what lies in files: by bytes and checksums at first, then by values where these differ."""
+    from wnconvert.stream import engine, work
+
+    found: dict[str, Difference | None] = {task.name: None for task in tasks}
+    proofs = {task.name: receipts.proof(task.a, task.b) if receipts else None for task in tasks}
+    parts = [part for task in tasks if proofs[task.name] is None for part in _parts(task)]
+    written = [(name, receipt) for name, proof in proofs.items() for receipt in proof or ()]
+    results = engine.run([*parts, *(Checksum(receipt.raw) for _, receipt in written)], watcher)
+    unknown = {
+        name
+        for i, (name, receipt) in enumerate(written, len(parts))
+        if engine.sum_of(results.get(i, [])).crc != receipt.crc
+    }
+    for i, part in enumerate(parts):
+        mismatch = work.mismatch_of(results.get(i, []))
+        if mismatch is not None and part.whether:
+            unknown.add(part.name)
+        elif mismatch is not None:
+            found[part.name] = Difference(part.name, mismatch.values, mismatch.ulp)
+    return found | _compare_values([task for task in tasks if task.name in unknown], watcher)
+
+
+def _parts(task: Compare) -> list[Compare]:
+    """The halves of two pairs: if their bytes are equal, they need not be multiplied, and some pairs cannot be."""
+    a, b = task.a, task.b
+    if not isinstance(a, Pair) or not isinstance(b, Pair) or _form(a.g) != _form(b.g):
+        return [task]
+    return [Compare(task.name, a.g, b.g, whether=True), Compare(task.name, a.v, b.v, whether=True)]
+
+
+def _compare_values(tasks: list[Compare], watcher: Watcher) -> dict[str, Difference | None]:
     if not tasks:
         return {}
     from wnconvert.stream import engine, work
 
-    proofs = {task.name: receipts.proof(task.a, task.b) if receipts else None for task in tasks}
-    unknown = [task for task in tasks if proofs[task.name] is None]
-    written = [(name, receipt) for name, proof in proofs.items() for receipt in proof or ()]
-    results = engine.run([*unknown, *(Checksum(receipt.raw) for _, receipt in written)], watcher)
-    found: dict[str, Difference | None] = dict.fromkeys(proofs)
-    for i, task in enumerate(unknown):
-        mismatch = work.mismatch_of(results.get(i, []))
-        found[task.name] = None if mismatch is None else Difference(task.name, mismatch.values, mismatch.ulp)
-    sums = enumerate(written, len(unknown))
-    damaged = {name for i, (name, receipt) in sums if engine.sum_of(results.get(i, [])).crc != receipt.crc}
-    # To say how they differ.
-    return found | _compare_stored([task for task in tasks if task.name in damaged], watcher, None)
+    results = engine.run(tasks, watcher)
+    found = ((task.name, work.mismatch_of(results.get(i, []))) for i, task in enumerate(tasks))
+    return {name: None if it is None else Difference(name, it.values, it.ulp) for name, it in found}
 
 
 def _compare_loaded(name: str, x: Tensor, y: Tensor) -> Difference | None:

@@ -99,7 +99,7 @@ def _convert_file(path: Path, output: Path | None, job: Job, watcher: Watcher, c
     except NothingToDo as nothing:
         if nothing.report is not None:
             _describe(nothing.report, path, document)
-        raise
+        raise NothingToDo(f"{path}: {nothing}", nothing.report) from nothing
     except PairError as error:
         # What multiplies pairs knows the tensor, not the file.
         raise PairError(f"{path}: {error}") from error

@@ -32,7 +32,8 @@ class PlainView:
     def of(cls, entries: Iterable[Entry]) -> PlainView:
         """Take the entries of a checkpoint, in order."""
         stored = {entry.name: entry for entry in entries}
-        found = names.find_pairs({name: entry.shape for name, entry in stored.items()})
+        shaped = names.find_pairs({name: entry.shape for name, entry in stored.items()})
+        found = [pair if pair.problem else _of_dtypes(pair, stored) for pair in shaped]
         pair_of = {key: pair for pair in found for key in (pair.g, pair.v)}
         weights: dict[str, Weight] = {}
         for name, entry in stored.items():
@@ -72,11 +73,10 @@ class PlainView:
         uses = list(found) or [Use(first, "Unknown", first, 0, 0)]
         shape, dtype = self.weights[first]
         evidence = "; ".join(dict.fromkeys(guess.evidence for guess in known)) or None
-        unsupported = None if dtype in _DTYPES else f"dtype {dtype} has no weight normalization"
         pair = self.pairs.get(first)
         if pair is None:
             site = resolve(uses, shape, dtype, dim=dim, tied=tied, evidence=evidence)
-            reason = unsupported or self._obstacle(group)
+            reason = _unsupported(dtype) or self._obstacle(group)
             return site.skipped(reason) if reason else site
         groups, axis = (1, None) if pair.problem else pair_axis(self.entries[pair.g].shape, shape, first)
         return Site(
@@ -91,7 +91,7 @@ class PlainView:
             uses=tuple(use.where for use in uses),
             tied=tuple(tied),
             evidence=evidence,
-            skip=pair.problem or unsupported,
+            skip=pair.problem,
         )
 
     def _obstacle(self, group: list[str]) -> str | None:
@@ -107,3 +107,13 @@ class PlainView:
             if taken is not None:
                 return f"{taken} is the name of another tensor"
         return None
+
+
+def _of_dtypes(pair: Pair, entries: Mapping[str, Entry]) -> Pair:
+    """A pair of two tensors, with the problem that one of them cannot be multiplied."""
+    problems = (_unsupported(entries[key].dtype) for key in (pair.v, pair.g))
+    return dataclasses.replace(pair, problem=next(filter(None, problems), None))
+
+
+def _unsupported(dtype: str) -> str | None:
+    return None if dtype in _DTYPES else f"dtype {dtype} has no weight normalization"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from wnconvert.cli import options
+from wnconvert.cli.importing import importing
 from wnconvert.cli.outcome import Outcome, of_report, watching
-from wnconvert.garbage import lasting
 from wnconvert.ranks import Ranks
 from wnconvert.sites import Dim, Scheme
 
@@ -18,7 +18,7 @@ def convert(
     """Convert a file as the options say."""
     with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
-        with lasting():
+        with importing():
             from wnconvert import jobs
 
         job = jobs.Job(

@@ -30,8 +30,8 @@ class DimType(click.ParamType):  # type: ignore[type-arg]
 
 
 def file_argument(name: str, metavar: str) -> Callable[[Verb], Verb]:
-    """An input file. Whether it exists is found out when it is opened, so that this is an input error."""
-    return click.argument(name, metavar=metavar, type=click.Path(path_type=Path))
+    """An input file. Whether it can be read is found out when it is opened, so that this is an input error."""
+    return click.argument(name, metavar=metavar, type=click.Path(readable=False, path_type=Path))
 
 
 def selecting(verb: Verb) -> Verb:
@@ -63,7 +63,7 @@ def writing(verb: Verb) -> Verb:
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
+            type=click.Path(readable=False, path_type=Path),
             help="Result file or folder. Default: beside MODEL, as in model.wn.pt, model.folded.pt.",
         ),
     ):

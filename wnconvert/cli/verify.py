@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from wnconvert.cli import options
+from wnconvert.cli.importing import importing
 from wnconvert.cli.outcome import Outcome, printed, watching
 from wnconvert.errors import VerificationError
-from wnconvert.garbage import lasting
 from wnconvert.ranks import Ranks
 
 
@@ -33,7 +33,7 @@ def verify(a: Path, b: Path, crew: Ranks, **given: Any) -> Outcome:
     """
     with watching(given["quiet"], crew) as watcher:
         watcher.stage("starting")
-        with lasting():
+        with importing():
             from wnconvert.compare import compare_files
 
         verdict = compare_files(a, b, options.read_options(given), watcher, crew)

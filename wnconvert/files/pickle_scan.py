@@ -28,6 +28,7 @@ _DAMAGE = (
     MemoryError,
     NotImplementedError,
     OSError,
+    RuntimeError,  # encrypted, or compressed in a way that this Python does not know
     StopIteration,
     ValueError,
     struct.error,

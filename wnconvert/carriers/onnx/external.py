@@ -62,7 +62,7 @@ def locate(tensor: TensorProto, folder: Path) -> Slice:
     for n in tensor.dims:
         expected *= n
     # Sub-byte types are packed, so only their given length tells.
-    if tensor.data_type in tensors.FLOATS and length not in (-1, expected):
+    if tensors.torch_name(tensor) is not None and length not in (-1, expected):
         raise InputError(f"{path}: {name} has {expected} bytes but its entry says {length}")
     length = expected if length < 0 else length
     size = path.stat().st_size

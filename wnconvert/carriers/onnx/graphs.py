@@ -7,7 +7,7 @@ model builds it again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
@@ -134,6 +134,7 @@ class GraphIndex:
         inputs = {info.name for info in graph.input}
         for name in inputs:
             self._define(Value(scope, name, is_input=True))
+        _require_single(scope, [tensor.name for tensor in graph.initializer])
         for tensor in graph.initializer:
             self._define(Constant(scope, tensor.name, is_input=tensor.name in inputs, fixed=True, tensor=tensor))
         for sparse in graph.sparse_initializer:
@@ -194,6 +195,15 @@ class GraphIndex:
                 taken.add(label)
             labels[value] = label
         return labels
+
+
+def _require_single(scope: Scope, initializers: Sequence[str]) -> None:
+    """Refuse a name that means two tensors: which of them a runtime takes is up to it."""
+    seen: set[str] = set()
+    for name in initializers:
+        if name in seen or (scope.parent is not None and scope.parent.find(name) is not None):
+            raise InputError(f"damaged: there are two tensors of the name {name!r}")
+        seen.add(name)
 
 
 def _require_text(*names: str | bytes) -> None:
