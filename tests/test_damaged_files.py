@@ -198,7 +198,7 @@ _MAGNITUDES = struct.pack("<4f", *[1.0] * 4)
 @pytest.mark.parametrize("code", ["F4", "I64", "F8_E4M3", "C64", "XYZ"])
 @pytest.mark.parametrize("odd", ["g", "v"])
 def test_a_pair_of_another_dtype_stays_as_it_is(code: str, odd: str, tmp_path: Path) -> None:
-    # Twice as many bytes for each element as complex numbers have, half a byte for the smallest.
+    # Bytes of an element; those of the smallest are packed, two in a byte.
     size = {"F4": 0.5, "I64": 8, "C64": 8}.get(code, 1)
     tensors = {
         "a.weight_g": (code if odd == "g" else "F32", [4, 1], bytes(int(4 * size)) if odd == "g" else _MAGNITUDES),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wnconvert.stream.receipts import Receipts
+    from wnconvert.stream.work import Result
 
 _Side: TypeAlias = "Callable[[], Tensor]"
 
@@ -137,7 +138,7 @@ def _form(side: Stored | Pair) -> tuple[str, tuple[int, ...], int]:
 
 def _compare_stored(tasks: list[Compare], watcher: Watcher, receipts: Receipts | None) -> dict[str, Difference | None]:
     """Compare what lies in files: by bytes and checksums at first, then by values where these differ."""
-    from wnconvert.stream import engine, work
+    from wnconvert.stream import engine
 
     found: dict[str, Difference | None] = {task.name: None for task in tasks}
     proofs = {task.name: receipts.proof(task.a, task.b) if receipts else None for task in tasks}
@@ -150,11 +151,11 @@ def _compare_stored(tasks: list[Compare], watcher: Watcher, receipts: Receipts |
         if engine.sum_of(results.get(i, [])).crc != receipt.crc
     }
     for i, part in enumerate(parts):
-        mismatch = work.mismatch_of(results.get(i, []))
-        if mismatch is not None and part.whether:
+        difference = _difference(part.name, results.get(i, []))
+        if difference is not None and part.whether:
             unknown.add(part.name)
-        elif mismatch is not None:
-            found[part.name] = Difference(part.name, mismatch.values, mismatch.ulp)
+        elif difference is not None:
+            found[part.name] = difference
     return found | _compare_values([task for task in tasks if task.name in unknown], watcher)
 
 
@@ -169,11 +170,17 @@ def _parts(task: Compare) -> list[Compare]:
 def _compare_values(tasks: list[Compare], watcher: Watcher) -> dict[str, Difference | None]:
     if not tasks:
         return {}
-    from wnconvert.stream import engine, work
+    from wnconvert.stream import engine
 
     results = engine.run(tasks, watcher)
-    found = ((task.name, work.mismatch_of(results.get(i, []))) for i, task in enumerate(tasks))
-    return {name: None if it is None else Difference(name, it.values, it.ulp) for name, it in found}
+    return {task.name: _difference(task.name, results.get(i, [])) for i, task in enumerate(tasks)}
+
+
+def _difference(name: str, parts: Iterable[Result]) -> Difference | None:
+    from wnconvert.stream import work
+
+    mismatch = work.mismatch_of(parts)
+    return None if mismatch is None else Difference(name, mismatch.values, mismatch.ulp)
 
 
 def _compare_loaded(name: str, x: Tensor, y: Tensor) -> Difference | None:

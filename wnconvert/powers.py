@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from wnconvert import checks, rounding
+from wnconvert import checks
 from wnconvert.errors import NotSplittable
 from wnconvert.rounding import once
 
@@ -51,7 +51,12 @@ def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
 def factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 powers of two whose product is `2**exponent`, for exponents between any two float64."""
     half = torch.div(exponent, 2, rounding_mode="floor")
-    return rounding.power(half), rounding.power(exponent - half)
+    return power(half), power(exponent - half)
+
+
+def power(exponent: Tensor) -> Tensor:
+    """`2**exponent` in float64, for integers from -1022 to 1023, made of its bits."""
+    return (exponent.long() + 1023 << 52).view(torch.float64)
 
 
 def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -67,12 +72,12 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
     candidate = (g > 0) & outside(size, dtype) & (norm >= 1 - 2**-8) & (norm <= 2 + 2**-8)
     if not bool(candidate.any()):
         return None
-    power = torch.zeros_like(norm)
+    found = torch.zeros_like(norm)
     nearest = (torch.frexp(size).exponent - torch.frexp(norm).exponent).double()
     for offset in (-1, 0, 1):
         k = nearest + offset
-        power = torch.where(candidate & (once(ldexp(norm, k), g.dtype) == g), k, power)
-    return power
+        found = torch.where(candidate & (once(ldexp(norm, k), g.dtype) == g), k, found)
+    return found
 
 
 def scaled_direction(w: Tensor, norm: float, row: int) -> Tensor:

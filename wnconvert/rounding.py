@@ -33,8 +33,3 @@ def once(x: Tensor, dtype: torch.dtype) -> Tensor:
 def root(x: Tensor) -> Tensor:
     """The square roots of float64. The vector library in some builds of torch for CPU is off by an ulp in places."""
     return torch.as_tensor(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
-
-
-def power(exponent: Tensor) -> Tensor:
-    """`2**exponent` in float64, for integers from -1022 to 1023, made of its bits."""
-    return (exponent.long() + 1023 << 52).view(torch.float64)

@@ -26,7 +26,6 @@ _DAMAGE = (
     EOFError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     OSError,
     RuntimeError,  # encrypted, or compressed in a way that this Python does not know
     StopIteration,
