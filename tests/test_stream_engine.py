@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import same_bits
-from wnconvert import directions, sums, weightnorm
+from wnconvert import sums, weightnorm
 from wnconvert.errors import InputError, NotSplittable, PairError
 from wnconvert.files.entries import Raw
 from wnconvert.files.raw import Inline
@@ -148,15 +148,6 @@ def test_long_rows(dtype: torch.dtype, shape: tuple[int, ...], axis: Any, tmp_pa
     g, v, _ = split(tmp_path, w, axis)
     fold(tmp_path, g, v)
     fold(tmp_path, g * 1.5, v)
-
-
-def test_directions_of_zero_rows_come_in_any_pieces() -> None:
-    whole = next(directions.Direction("x", 3, 150_000).pieces(150_000))
-    parts = torch.cat(list(directions.Direction("x", 3, 150_000).pieces(777)))
-
-    assert same_bits(whole, parts)
-    assert abs(float(whole.square().sum()) - 1) < 1e-12
-    assert not torch.equal(whole, next(directions.Direction("x", 4, 150_000).pieces(150_000)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

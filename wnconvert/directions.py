@@ -1,39 +1,74 @@
-"""Random directions for rows of zeros."""
+"""Directions for rows whose own values cannot be one: random for zeros, scaled by a power of two at the edges."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from wnconvert import rows, sums
-from wnconvert.rounding import root
+from wnconvert import norms, powers
+from wnconvert.errors import NotSplittable
+
+PIECE = 1 << 17
+"""Elements to ask for at a time: of each, several values in float64 are held."""
+
+_Words = NDArray[np.uint64]
 
 
-class Direction:
-    """A random unit vector for one row of zeros, made a piece at a time. The same name and row give the same vector."""
+class Directions:
+    """The directions of some rows of a weight, made a range of columns at a time.
 
-    def __init__(self, name: str, row: int, size: int) -> None:
-        self._seed = zlib.crc32(f"{name} {row}".encode())
-        self._size = size
-        totals = torch.empty(1, -(-size // rows.SEGMENT), dtype=torch.float64)
-        for i, sample in enumerate(self._samples(rows.SEGMENT)):
-            totals[0, i] = sums.tree(sample.square_().view(1, -1))[0]
-        self._norm = root(sums.tree(totals))
+    Args:
+        name: of the weight. The same name and row give the same random numbers.
+        numbers: of the rows in the weight, `[rows]`.
+        lengths: their norms in float64, `[rows]`.
+        columns: elements of each.
+    """
 
-    def pieces(self, size: int) -> Iterator[Tensor]:
-        """Yield the elements in order, in float64, `size` at a time."""
-        return (sample / self._norm for sample in self._samples(size))
+    def __init__(self, name: str, numbers: Tensor, lengths: Tensor, columns: int) -> None:
+        self._numbers = numbers
+        # The power of two that brings the norm into [1, 2).
+        self._exponents = (torch.frexp(lengths).exponent - 1).unsqueeze(1)
+        self._zero = lengths == 0
+        zeros = numbers[self._zero].numpy(force=True).astype(np.uint64)
+        self._keys = _mixed(zeros + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32)))[:, None]
+        self._norms = torch.empty(0, 1, dtype=torch.float64)
+        if zeros.size:
+            width = max(1, PIECE // zeros.size)
+            self._norms = norms.of_columns(self._random, columns, torch.float32, width=width).unsqueeze(1)
 
-    def _samples(self, size: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self._seed)
-        for start in range(0, self._size, size):
-            count = min(size, self._size - start)
-            yield torch.rand(count, generator=generator, dtype=torch.float64).add_(2**-10)
+    def of(self, values: Tensor, start: int = 0) -> Tensor:
+        """The directions of all rows in the columns from `start` on.
+
+        Args:
+            values: those of the weight, `[rows, columns]`.
+            start: number of the first column.
+
+        Raises:
+            NotSplittable: a row spans so many powers of two that scaling it would lose some of its values.
+        """
+        v = powers.ldexp(values.double(), -self._exponents).to(values.dtype)
+        exact = powers.ldexp(v.double(), self._exponents).to(values.dtype) == values
+        if not bool(exact.all()):
+            row = int(self._numbers[~exact.all(1)][0])
+            raise NotSplittable(f"row {row} spans more than the exponent range of its dtype, so no v has a finite norm")
+        if len(self._keys):
+            # Zeros have signs, and `0 * v` gives each of them back.
+            random = (self._random(start, start + values.shape[1]) / self._norms).to(values.device)
+            v[self._zero] = torch.copysign(random, values[self._zero].double()).to(values.dtype)
+        return v
+
+    def _random(self, start: int, stop: int) -> Tensor:
+        """Numbers from 2**-10 to 1 for the rows of zeros, each made of its row and column alone."""
+        words = _mixed(self._keys + np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        return torch.from_numpy((words >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53).add_(2.0**-10)
 
 
-def signed(direction: Tensor, zeros: Tensor) -> Tensor:
-    """Give a direction the signs of the zeros it stands for, so that `0 * v` gives each of them back with its sign."""
-    return torch.copysign(direction.to(zeros.device).reshape(zeros.shape), zeros.double()).to(zeros.dtype)
+def _mixed(words: _Words) -> _Words:
+    """Hashes of 64 bits: the mixing function of splitmix64 (Steele, Lea & Flood 2014, section 3), variant 13."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    return words ^ (words >> np.uint64(31))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from wnconvert import checks
-from wnconvert.errors import NotSplittable
 from wnconvert.rounding import once
 
 # Norms whose squares neither under- nor overflow where a runtime computes them. Half types are widened to float32
@@ -78,12 +77,3 @@ def recognise(g: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor | None:
         k = nearest + offset
         found = torch.where(candidate & (once(ldexp(norm, k), g.dtype) == g), k, found)
     return found
-
-
-def scaled_direction(w: Tensor, norm: float, row: int) -> Tensor:
-    """`w` scaled by the power of two that brings its norm into [1, 2)."""
-    exponent = torch.tensor(math.frexp(norm)[1] - 1)
-    v = ldexp(w.double(), -exponent).to(w.dtype)
-    if not torch.equal(ldexp(v.double(), exponent).to(w.dtype), w):
-        raise NotSplittable(f"row {row} spans more than the exponent range of its dtype, so no v has a finite norm")
-    return v

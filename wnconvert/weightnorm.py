@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wnconvert import checks, eager, half_types, norms, powers, products, rows
 from wnconvert.checks import DTYPES
-from wnconvert.directions import Direction, signed
+from wnconvert.directions import PIECE, Directions
 from wnconvert.errors import NotSplittable, UsageError
 from wnconvert.rounding import once
 from wnconvert.sites import Axis, RowCounts, pair_axis
@@ -79,16 +79,15 @@ def split(
     lengths = norms.of_rows(view, kept, block, _scratch(w, block, scratch))
     g, changed = slab_magnitudes(lengths, g_dtype or w.dtype, w.dtype, first)
     v = w
-    if changed and view.numel():
+    if changed.numel() and view.numel():
         v = w if overwrite else w.clone(memory_format=torch.preserve_format)
-        target = rows.by_rows(v, axis, groups)[0]
-        for row in changed:
-            index = rows.index_of(row, view.shape[:kept])
-            if lengths[row] == 0:
-                (direction,) = Direction(name, first + row, view[index].numel()).pieces(view[index].numel())
-                target[index] = signed(direction, view[index])
-            else:
-                target[index] = powers.scaled_direction(view[index], float(lengths[row]), first + row)
+        target, columns = rows.by_rows(v, axis, groups)[0], view.numel() // lengths.numel()
+        step = max(1, PIECE // columns)
+        for start in range(0, changed.numel(), step):
+            some = changed[start : start + step]
+            index = rows.index_of(some, view.shape[:kept])
+            own, found = view[index], Directions(name, some + first, lengths[some], columns)
+            target[index] = found.of(own.reshape(some.numel(), columns)).reshape(own.shape)
     return g.reshape(g_shape), v
 
 
@@ -147,26 +146,23 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     checks.require_directions(lengths, g.detach().reshape(-1), name)
 
 
-def _to_change(g: Tensor, dtype: torch.dtype) -> list[int]:
-    """Rows that need another `v` than their own values. `g` tells, because `fold` has nothing else to know them by."""
-    size = g.double()
-    return cast("list[int]", ((size == 0) | powers.outside(size, dtype)).nonzero().flatten().tolist())
+def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
+    """What `split` makes of the norms of some rows: `g` as one axis, and the numbers of the rows that need another `v`.
 
-
-def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, list[int]]:
-    """What `split` makes of the norms of some rows: `g` as one axis, and the rows that need another `v`.
+    `g` tells which, because `fold` has nothing else to know them by.
 
     Raises:
         NotSplittable: see `split`.
     """
     g = once(lengths, g_dtype)
     if powers.ordinary(g, dtype):
-        return g, []
+        return g, torch.empty(0, dtype=torch.long, device=g.device)
     checks.require(lengths.isfinite(), NotSplittable, "row {} holds NaN or infinity", first)
     # A wider g could hold more, but `fold` takes no magnitude that v's dtype cannot hold.
     finite = g.isfinite() & g.to(dtype).isfinite()
     checks.require(finite, NotSplittable, f"the norm of row {{}} overflows {str(dtype).removeprefix('torch.')}", first)
-    return g, _to_change(g, dtype)
+    size = g.double()
+    return g, ((size == 0) | powers.outside(size, dtype)).nonzero().flatten()
 
 
 def require_slab(g: Tensor, lengths: Tensor, dtype: torch.dtype, *, name: str, first: int) -> None:

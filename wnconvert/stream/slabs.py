@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wnconvert import directions, norms, powers, weightnorm
+from wnconvert import norms, weightnorm
+from wnconvert.directions import Directions
 from wnconvert.stream.pieces import SLAB, Slab
-from wnconvert.stream.plan import Fold, Pair, Place, Split, Stored
+from wnconvert.stream.plan import Fold, Pair, Split, Stored
 from wnconvert.stream.workspace import Workspace, torch_dtype
 
 
@@ -36,36 +37,14 @@ def split(task: Split, slab: Slab, space: Workspace) -> Tensor:
     g, changed = weightnorm.slab_magnitudes(lengths, torch_dtype(task.g_dtype), dtype, slab.row)
     space.write(task.g, slab.row, g)
     if task.v is not None:
+        replaced = Directions(task.name, changed + slab.row, lengths[changed], slab.columns)
         for at, values in parts(task.weight, slab, space, "v"):
+            if changed.numel():
+                own = values[:, changed].transpose(0, 1)
+                start = _column(slab, at)
+                values[:, changed] = replaced.of(own.flatten(1), start).view(own.shape).transpose(0, 1)
             space.write(task.v, at, values)
-        for row in changed:
-            _change_row(task, task.v, slab, space, row=row, norm=float(lengths[row]))
     return g
-
-
-def _change_row(task: Split, to: Place, slab: Slab, space: Workspace, *, row: int, norm: float) -> None:
-    """Write another direction for one row: random for zeros, scaled for one at the edge of the number format."""
-    one = Slab(slab.start, slab.before, slab.block_rows, slab.after, slab.offset + row, slab.row + row, 1)
-    sizes = [values.numel() for _, values in parts(task.weight, one, space, "v")]
-    random = None
-    if norm == 0:
-        random = _in_sizes(directions.Direction(task.name, one.row, one.columns), sizes)
-    for at, values in parts(task.weight, one, space, "v"):
-        if random is None:
-            space.write(to, at, powers.scaled_direction(values, norm, one.row))
-        else:
-            space.write(to, at, directions.signed(next(random), values))
-
-
-def _in_sizes(direction: directions.Direction, sizes: list[int]) -> Iterator[Tensor]:
-    """The elements of a direction in parts of these sizes."""
-    pieces = direction.pieces(SLAB)
-    held = torch.empty(0, dtype=torch.float64)
-    for size in sizes:
-        while held.numel() < size:
-            held = torch.cat([held, next(pieces)])
-        yield held[:size]
-        held = held[size:]
 
 
 def _norms(stored: Stored, slab: Slab, space: Workspace) -> Tensor:
@@ -118,3 +97,9 @@ def parts(stored: Stored, slab: Slab, space: Workspace, role: str) -> Iterator[t
 def _element(slab: Slab, outer: int, inner: int) -> int:
     """Number of an element of the slab's first row in the weight."""
     return slab.start + (outer * slab.block_rows + slab.offset) * slab.after + inner
+
+
+def _column(slab: Slab, element: int) -> int:
+    """Number of the column of an element of the slab in its row."""
+    outer, inner = divmod(element - _element(slab, 0, 0), slab.block_rows * slab.after)
+    return outer * slab.after + inner
