@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wnconvert import half_types, powers, rows
+from wnconvert import bfloat16_rows, half_types, powers, rows
 from wnconvert.rounding import HALF, once
 
 _FAR = 1000
@@ -39,6 +39,21 @@ def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, blo
         _multiply_and_divide(_cut(v, out, kept, block), factor, divisor, scratch)
         return
     factor.div_(divisor)
+    if bfloat16_rows.apply(v, out, factor) and half_types.suits(factor):
+        left = bfloat16_rows.undecided(factor).nonzero()[:, 0]
+        if left.numel() <= factor.numel() // 4:
+            by_row, target = (t.view(factor.numel(), -1) for t in (v, out))
+            x = by_row[left]
+            bfloat16_rows.multiply(by_row, factor, target)
+            if left.numel():
+                w = torch.empty_like(x)
+                _multiply(factor[left], x, w, kept=1, block=block, scratch=scratch)
+                target[left] = w
+            return
+    _multiply(factor, v, out, kept=kept, block=block, scratch=scratch)
+
+
+def _multiply(factor: Tensor, v: Tensor, out: Tensor, *, kept: int, block: int, scratch: Tensor) -> None:
     half = half_types.Products(factor, out) if v.dtype in HALF and half_types.suits(factor) else None
     for piece in _cut(v, out, kept, block):
         if half and half.multiply(piece.x, piece.out, piece.start, kept=piece.kept, scratch=scratch):

@@ -1,0 +1,78 @@
+"""Products of whole rows of bfloat16 with their factors, rounded once, in one pass over memory.
+
+A value of bfloat16 has one of 128 significands, so the factor of a row alone tells whether any product in float32 can
+come so close to the middle between two values of bfloat16 that rounding it once more goes wrong. One row in twenty-five
+has such a significand, whether or not the row holds it. Those rows are left to others.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+COLUMNS = 1024
+"""In shorter rows, 128 significands take longer to look at than the row itself."""
+
+_OFF = 512
+"""How far a product in float32 may be off, where 2**24 is the last place of bfloat16: up to 255 for the rounding of the
+factor, and up to 192 for its own."""
+
+
+def apply(v: Tensor, out: Tensor, factor: Tensor) -> bool:
+    """Whether `multiply` takes these rows, their factors as one axis."""
+    same = v.dtype == out.dtype == torch.bfloat16 and v.is_contiguous() and out.is_contiguous()
+    return same and v.device.type == "cpu" and v.numel() >= COLUMNS * factor.numel() and _exact()
+
+
+def undecided(factor: Tensor) -> Tensor:
+    """Which rows float32 does not decide, if they hold the wrong values.
+
+    Args:
+        factor: float64, one per row as one axis, such that `half_types.suits` them.
+    """
+    single = factor.float()
+    significand = single.view(torch.int32) & 0x7FFFFF
+    powers = (significand == 0) & (single == factor)
+    # Integers of 32 bits without a sign from here on. The upper 8 are what bfloat16 keeps of a normal product.
+    product = (significand | 1 << 23).unsqueeze(1) * torch.arange(128, 256, dtype=torch.int32)
+    product.add_(product.clamp(min=0)).add_(1 << 23)
+    # Of a subnormal product it keeps fewer: an even number may be the middle between two of those, and float32 has as
+    # many bits less for it.
+    nearest = (product >> 24).bitwise_or_(0x100)
+    lowest = nearest.neg().bitwise_and_(nearest)
+    rest = product.bitwise_and_(0xFFFFFF).sub_(1 << 23).abs_()
+    near = torch.sub(rest, lowest, alpha=_OFF, out=lowest).amin(1) <= 0
+    return (near | (rest.amax(1) >= (1 << 23) - _OFF)) & ~powers & (factor != 0)
+
+
+def multiply(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write the products of rows that float32 decides.
+
+    Args:
+        x: finite, `[rows, columns]`, contiguous.
+        factor: as above.
+        out: like `x`, or `x` itself.
+    """
+    # The one function of torch that takes such rows with factors in float32, and rounds once at the end. What it adds
+    # has the sign that leaves the sign of zeros alone.
+    weight, nothing = factor.float(), torch.empty(0)
+    mean, variance = torch.zeros_like(weight).copysign_(weight), torch.ones_like(weight)
+    bias = torch.full_like(weight, -0.0)
+    into, stacked = (out.view(1, *out.shape), nothing, nothing), x.view(1, *x.shape)
+    torch.native_batch_norm(stacked, weight, bias, mean, variance, False, 0.0, 0.0, out=into)
+
+
+@functools.cache
+def _exact() -> bool:
+    """Whether this build of torch does multiply so: it promises nothing of the kind."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x.where(x.isfinite(), 0).repeat(4, 1)
+    factor = torch.tensor([1.0, -1.2345678, 2.0**-30 / 3, 2.0**30 / 3], dtype=torch.float64)
+    expected = (x.float() * factor.float().unsqueeze(1)).to(x.dtype)
+    try:
+        multiply(x, factor, x)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(x.view(torch.int16), expected.view(torch.int16))
