@@ -19,6 +19,9 @@ _OFF = 512
 """How far a product in float32 may be off, where 2**24 is the last place of bfloat16: up to 255 for the rounding of the
 factor, and up to 192 for its own."""
 
+_TOGETHER = 256
+"""Rows looked at together: their 128 products stay in the cache."""
+
 
 def apply(v: Tensor, out: Tensor, factor: Tensor) -> bool:
     """Whether `multiply` takes these rows, their factors as one axis."""
@@ -26,25 +29,38 @@ def apply(v: Tensor, out: Tensor, factor: Tensor) -> bool:
     return same and v.device.type == "cpu" and v.numel() >= COLUMNS * factor.numel() and _exact()
 
 
-def undecided(factor: Tensor) -> Tensor:
+def undecided(factor: Tensor, scratch: Tensor) -> Tensor:
     """Which rows float32 does not decide, if they hold the wrong values.
 
     Args:
         factor: float64, one per row as one axis, such that `half_types.suits` them.
+        scratch: float64 memory of a segment and more. Overwritten.
     """
     single = factor.float()
     significand = single.view(torch.int32) & 0x7FFFFF
     powers = (significand == 0) & (single == factor)
-    # Integers of 32 bits without a sign from here on. The upper 8 are what bfloat16 keeps of a normal product.
-    product = (significand | 1 << 23).unsqueeze(1) * torch.arange(128, 256, dtype=torch.int32)
-    product.add_(product.clamp(min=0)).add_(1 << 23)
+    significand.bitwise_or_(1 << 23)
+    memory = scratch[: _TOGETHER * 128 * 3 // 2].view(torch.int32).view(3, _TOGETHER, 128)
+    near = torch.empty_like(powers)
+    for start in range(0, near.numel(), _TOGETHER):
+        part = significand[start : start + _TOGETHER]
+        near[start : start + _TOGETHER] = _near(part, memory[:, : part.numel()])
+    return near & ~powers & (factor != 0)
+
+
+def _near(significand: Tensor, memory: Tensor) -> Tensor:
+    """Which of these significands of 24 bits have a product with one of 8 bits that comes near to a middle."""
+    product, nearest, lowest = memory
+    # Integers of 32 bits without a sign. The upper 8 are what bfloat16 keeps of a normal product.
+    torch.mul(significand.unsqueeze(1), torch.arange(128, 256, dtype=torch.int32), out=product)
+    product.add_(torch.clamp(product, min=0, out=lowest)).add_(1 << 23)
     # Of a subnormal product it keeps fewer: an even number may be the middle between two of those, and float32 has as
     # many bits less for it.
-    nearest = (product >> 24).bitwise_or_(0x100)
-    lowest = nearest.neg().bitwise_and_(nearest)
+    torch.bitwise_right_shift(product, 24, out=nearest).bitwise_or_(0x100)
+    torch.neg(nearest, out=lowest).bitwise_and_(nearest)
     rest = product.bitwise_and_(0xFFFFFF).sub_(1 << 23).abs_()
     near = torch.sub(rest, lowest, alpha=_OFF, out=lowest).amin(1) <= 0
-    return (near | (rest.amax(1) >= (1 << 23) - _OFF)) & ~powers & (factor != 0)
+    return near.logical_or_(rest.amax(1) >= (1 << 23) - _OFF)
 
 
 def multiply(x: Tensor, factor: Tensor, out: Tensor) -> None:

@@ -40,7 +40,7 @@ def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, blo
         return
     factor.div_(divisor)
     if bfloat16_rows.apply(v, out, factor) and half_types.suits(factor):
-        left = bfloat16_rows.undecided(factor).nonzero()[:, 0]
+        left = bfloat16_rows.undecided(factor, scratch).nonzero()[:, 0]
         if left.numel() <= factor.numel() // 4:
             by_row, target = (t.view(factor.numel(), -1) for t in (v, out))
             x = by_row[left]
