@@ -91,6 +91,22 @@ def test_rows_of_either_sort_come_to_their_places(chosen: list[float], seed: int
         assert same_bits(out, expected)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    v = torch.randn(40, 2049, generator=torch.Generator().manual_seed(0)).bfloat16()
+    g = torch.rand(40, 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = weightnorm.fold(g, v)
+    before = torch.get_default_dtype()
+    bfloat16_rows._exact.cache_clear()
+    try:
+        torch.set_default_dtype(default)
+        found = weightnorm.fold(g, v)
+        assert bfloat16_rows._exact()
+    finally:
+        torch.set_default_dtype(before)
+    assert same_bits(found, expected)
+
+
 @pytest.mark.parametrize("problem", ["other", "missing"])
 def test_a_torch_that_multiplies_in_another_way_is_not_asked(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(*args: object, out: tuple[Tensor, ...], **_: object) -> None:

@@ -99,3 +99,22 @@ def test_a_row_that_cannot_be_scaled_is_named_among_those_that_can() -> None:
 
     with pytest.raises(NotSplittable, match="row 8123 spans more than the exponent range"):
         weightnorm.split(w, 0)
+
+
+def test_long_rows_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, _ = rows_of_every_sort(3, 1000)
+    expected = weightnorm.split(w, 0)
+    sizes: list[int] = []
+    of = Directions.of
+
+    def counted(made: Directions, values: Tensor, start: int = 0) -> Tensor:
+        sizes.append(values.numel())
+        return of(made, values, start)
+
+    monkeypatch.setattr(weightnorm, "PIECE", 128)
+    monkeypatch.setattr(Directions, "of", counted)
+    found = weightnorm.split(w, 0)
+
+    assert max(sizes) == 128
+    assert sum(sizes) == w.numel()
+    assert all(map(reference.same_bits, found, expected))

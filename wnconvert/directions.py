@@ -13,7 +13,7 @@ from wnconvert import norms, powers
 from wnconvert.errors import NotSplittable
 
 PIECE = 1 << 17
-"""Elements to ask for at a time: of each, several values in float64 are held."""
+"""Elements to ask for at a time, in all rows together: of each, several values in float64 are held."""
 
 _Words = NDArray[np.uint64]
 
@@ -30,7 +30,7 @@ class Directions:
 
     def __init__(self, name: str, numbers: Tensor, lengths: Tensor, columns: int) -> None:
         self._numbers = numbers
-        # The power of two that brings the norm into [1, 2).
+        # The norm divided by this power of two is in [1, 2).
         self._exponents = (torch.frexp(lengths).exponent - 1).unsqueeze(1)
         self._zero = lengths == 0
         zeros = numbers[self._zero].numpy(force=True).astype(np.uint64)
@@ -62,7 +62,7 @@ class Directions:
         return v
 
     def _random(self, start: int, stop: int) -> Tensor:
-        """Numbers from 2**-10 to 1 for the rows of zeros, each made of its row and column alone."""
+        """Numbers from 2**-10 to 1 + 2**-10 for the rows of zeros, each made of its row and column alone."""
         words = _mixed(self._keys + np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         return torch.from_numpy((words >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53).add_(2.0**-10)
 

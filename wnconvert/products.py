@@ -39,7 +39,7 @@ def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, blo
         _multiply_and_divide(_cut(v, out, kept, block), factor, divisor, scratch)
         return
     factor.div_(divisor)
-    if bfloat16_rows.apply(v, out, factor) and half_types.suits(factor):
+    if bfloat16_rows.suits(v, out, factor) and half_types.suits(factor):
         left = bfloat16_rows.undecided(factor, scratch).nonzero()[:, 0]
         if left.numel() <= factor.numel() // 4:
             by_row, target = (t.view(factor.numel(), -1) for t in (v, out))

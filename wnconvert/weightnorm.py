@@ -77,7 +77,7 @@ def split(
     w = w.detach()
     view, kept, g_shape = rows.by_rows(w, axis, groups)
     lengths = norms.of_rows(view, kept, block, _scratch(w, block, scratch))
-    g, changed = slab_magnitudes(lengths, g_dtype or w.dtype, w.dtype, first)
+    g, changed = magnitudes(lengths, g_dtype or w.dtype, w.dtype, first)
     v = w
     if changed.numel() and view.numel():
         v = w if overwrite else w.clone(memory_format=torch.preserve_format)
@@ -86,8 +86,13 @@ def split(
         for start in range(0, changed.numel(), step):
             some = changed[start : start + step]
             index = rows.index_of(some, view.shape[:kept])
-            own, found = view[index], Directions(name, some + first, lengths[some], columns)
-            target[index] = found.of(own.reshape(some.numel(), columns)).reshape(own.shape)
+            found = Directions(name, some + first, lengths[some], columns)
+            chosen = target[index]
+            flat = chosen.reshape(some.numel(), columns)
+            for column in range(0, columns, PIECE):
+                part = flat[:, column : column + PIECE]
+                part.copy_(found.of(part, column))
+            target[index] = flat.view(chosen.shape)
     return g.reshape(g_shape), v
 
 
@@ -146,7 +151,7 @@ def require_pair(g: Tensor, v: Tensor, *, name: str = "weight") -> None:
     checks.require_directions(lengths, g.detach().reshape(-1), name)
 
 
-def slab_magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
+def magnitudes(lengths: Tensor, g_dtype: torch.dtype, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
     """What `split` makes of the norms of some rows: `g` as one axis, and the numbers of the rows that need another `v`.
 
     `g` tells which, because `fold` has nothing else to know them by.

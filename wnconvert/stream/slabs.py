@@ -34,7 +34,7 @@ def split(task: Split, slab: Slab, space: Workspace) -> Tensor:
     """Write the halves of the rows of a slab that are wanted, and return the magnitudes."""
     lengths = _norms(task.weight, slab, space)
     dtype = torch_dtype(task.weight.dtype)
-    g, changed = weightnorm.slab_magnitudes(lengths, torch_dtype(task.g_dtype), dtype, slab.row)
+    g, changed = weightnorm.magnitudes(lengths, torch_dtype(task.g_dtype), dtype, slab.row)
     space.write(task.g, slab.row, g)
     if task.v is not None:
         replaced = Directions(task.name, changed + slab.row, lengths[changed], slab.columns)
