@@ -118,3 +118,26 @@ def test_long_rows_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert max(sizes) == 128
     assert sum(sizes) == w.numel()
     assert all(map(reference.same_bits, found, expected))
+
+
+@pytest.mark.parametrize("turn", range(3), ids=["zero", "tiny", "huge"])
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 1)])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (1, 1), (3, 4), (4, 3, 2)])
+def test_rows_of_any_memory_layout_come_to_the_same(
+    shape: tuple[int, ...], axis: Any, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = rows_of_every_sort(3, 24)[0][turn][: torch.Size(shape).numel()].reshape(shape)
+    expected = weightnorm.split(w, axis)
+    turned = w.permute(*reversed(range(w.dim()))).contiguous().permute(*reversed(range(w.dim())))
+
+    # An axis of one element may have any stride.
+    odd = w.as_strided(shape, [2 * n + 1 if size == 1 else n for size, n in zip(shape, w.stride(), strict=True)])
+
+    for piece in (1, 2, 1 << 15):
+        monkeypatch.setattr(weightnorm, "PIECE", piece)
+        for same in (w, turned, odd):
+            for overwrite in (False, True):
+                copy = same.clone().as_strided(shape, same.stride())
+                found = weightnorm.split(copy, axis, overwrite=overwrite)
+                assert all(map(reference.same_bits, found, expected))
+    assert reference.same_bits(weightnorm.fold(*expected), w)

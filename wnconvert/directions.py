@@ -12,7 +12,7 @@ from torch import Tensor
 from wnconvert import norms, powers
 from wnconvert.errors import NotSplittable
 
-PIECE = 1 << 17
+PIECE = 1 << 15
 """Elements to ask for at a time, in all rows together: of each, several values in float64 are held."""
 
 _Words = NDArray[np.uint64]

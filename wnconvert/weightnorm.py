@@ -85,14 +85,17 @@ def split(
         step = max(1, PIECE // columns)
         for start in range(0, changed.numel(), step):
             some = changed[start : start + step]
-            index = rows.index_of(some, view.shape[:kept])
+            shape = view.shape[:kept]
+            # By a number the row is not copied: it may be long.
+            index = rows.index_of(int(some), shape) if step == 1 else rows.index_of(some, shape)
             found = Directions(name, some + first, lengths[some], columns)
             chosen = target[index]
             flat = chosen.reshape(some.numel(), columns)
             for column in range(0, columns, PIECE):
                 part = flat[:, column : column + PIECE]
                 part.copy_(found.of(part, column))
-            target[index] = flat.view(chosen.shape)
+            if flat.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
+                target[index] = flat.view(chosen.shape)
     return g.reshape(g_shape), v
 
 
