@@ -111,7 +111,7 @@ def test_long_rows_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         sizes.append(values.numel())
         return of(made, values, start)
 
-    monkeypatch.setattr(weightnorm, "PIECE", 128)
+    monkeypatch.setattr(directions, "PIECE", 128)
     monkeypatch.setattr(Directions, "of", counted)
     found = weightnorm.split(w, 0)
 
@@ -134,7 +134,7 @@ def test_rows_of_any_memory_layout_come_to_the_same(
     odd = w.as_strided(shape, [2 * n + 1 if size == 1 else n for size, n in zip(shape, w.stride(), strict=True)])
 
     for piece in (1, 2, 1 << 15):
-        monkeypatch.setattr(weightnorm, "PIECE", piece)
+        monkeypatch.setattr(directions, "PIECE", piece)
         for same in (w, turned, odd):
             for overwrite in (False, True):
                 copy = same.clone().as_strided(shape, same.stride())

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wnconvert import norms, powers
+from wnconvert import norms, powers, rows
 from wnconvert.errors import NotSplittable
 
 PIECE = 1 << 15
@@ -65,6 +65,36 @@ class Directions:
         """Numbers from 2**-10 to 1 + 2**-10 for the rows of zeros, each made of its row and column alone."""
         words = _mixed(self._keys + np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         return torch.from_numpy((words >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53).add_(2.0**-10)
+
+
+def replace(view: Tensor, kept: int, chosen: Tensor, lengths: Tensor, *, name: str, first: int) -> None:
+    """Put their directions in the place of some rows of a weight.
+
+    Args:
+        view: the weight, its kept axes first.
+        kept: number of kept axes.
+        chosen: numbers of the rows in `view`.
+        lengths: norms of all of its rows, as one axis.
+        name: see `Directions`.
+        first: number of the first row of `view` in the weight.
+
+    Raises:
+        NotSplittable: see `Directions.of`.
+    """
+    shape, columns = view.shape[:kept], view.numel() // lengths.numel()
+    step = max(1, PIECE // columns)
+    for start in range(0, chosen.numel(), step):
+        some = chosen[start : start + step]
+        # By a number the row is not copied: it may be long.
+        index = rows.index_of(int(some), shape) if step == 1 else rows.index_of(some, shape)
+        made, own = Directions(name, some + first, lengths[some], columns), view[index]
+        flat = own.reshape(some.numel(), columns)
+        for column in range(0, columns, PIECE):
+            part = flat[:, column : column + PIECE]
+            part.copy_(made.of(part, column))
+        # Onto itself, torch does not copy what has an axis of one element with another stride.
+        if flat.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+            view[index] = flat.view(own.shape)
 
 
 def _mixed(words: _Words) -> _Words:

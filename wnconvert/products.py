@@ -39,18 +39,24 @@ def fold_rows(g: Tensor, v: Tensor, norm: Tensor, out: Tensor, *, kept: int, blo
         _multiply_and_divide(_cut(v, out, kept, block), factor, divisor, scratch)
         return
     factor.div_(divisor)
-    if bfloat16_rows.suits(v, out, factor) and half_types.suits(factor):
-        left = bfloat16_rows.undecided(factor, scratch).nonzero()[:, 0]
-        if left.numel() <= factor.numel() // 4:
-            by_row, target = (t.view(factor.numel(), -1) for t in (v, out))
-            x = by_row[left]
-            bfloat16_rows.multiply(by_row, factor, target)
-            if left.numel():
-                w = torch.empty_like(x)
-                _multiply(factor[left], x, w, kept=1, block=block, scratch=scratch)
-                target[left] = w
-            return
-    _multiply(factor, v, out, kept=kept, block=block, scratch=scratch)
+    suits = bfloat16_rows.suits(v, out, factor) and half_types.suits(factor)
+    if not suits or not _multiply_rows(factor, v, out, block=block, scratch=scratch):
+        _multiply(factor, v, out, kept=kept, block=block, scratch=scratch)
+
+
+def _multiply_rows(factor: Tensor, v: Tensor, out: Tensor, *, block: int, scratch: Tensor) -> bool:
+    """Write the products of long rows of bfloat16, unless too many of them are left to others. Whether that is done."""
+    left = bfloat16_rows.undecided(factor, scratch).nonzero()[:, 0]
+    if left.numel() > factor.numel() // 4:
+        return False
+    by_row, target = (t.view(factor.numel(), -1) for t in (v, out))
+    x = by_row[left]
+    bfloat16_rows.multiply(by_row, factor, target)
+    if left.numel():
+        w = torch.empty_like(x)
+        _multiply(factor[left], x, w, kept=1, block=block, scratch=scratch)
+        target[left] = w
+    return True
 
 
 def _multiply(factor: Tensor, v: Tensor, out: Tensor, *, kept: int, block: int, scratch: Tensor) -> None:

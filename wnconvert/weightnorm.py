@@ -16,9 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wnconvert import checks, eager, half_types, norms, powers, products, rows
+from wnconvert import checks, directions, eager, half_types, norms, powers, products, rows
 from wnconvert.checks import DTYPES
-from wnconvert.directions import PIECE, Directions
 from wnconvert.errors import NotSplittable, UsageError
 from wnconvert.rounding import once
 from wnconvert.sites import Axis, RowCounts, pair_axis
@@ -81,21 +80,7 @@ def split(
     v = w
     if changed.numel() and view.numel():
         v = w if overwrite else w.clone(memory_format=torch.preserve_format)
-        target, columns = rows.by_rows(v, axis, groups)[0], view.numel() // lengths.numel()
-        step = max(1, PIECE // columns)
-        for start in range(0, changed.numel(), step):
-            some = changed[start : start + step]
-            shape = view.shape[:kept]
-            # By a number the row is not copied: it may be long.
-            index = rows.index_of(int(some), shape) if step == 1 else rows.index_of(some, shape)
-            found = Directions(name, some + first, lengths[some], columns)
-            chosen = target[index]
-            flat = chosen.reshape(some.numel(), columns)
-            for column in range(0, columns, PIECE):
-                part = flat[:, column : column + PIECE]
-                part.copy_(found.of(part, column))
-            if flat.untyped_storage().data_ptr() != v.untyped_storage().data_ptr():
-                target[index] = flat.view(chosen.shape)
+        directions.replace(rows.by_rows(v, axis, groups)[0], kept, changed, lengths, name=name, first=first)
     return g.reshape(g_shape), v
 
 
