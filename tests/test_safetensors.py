@@ -19,6 +19,7 @@ from torch import Tensor
 from tests import reference
 from tests.checkpoints import FORMATS, document, read_safetensors, read_sharded, state
 from wnconvert import convert, jobs
+from wnconvert.files.mapped import MappedFile
 from wnconvert.inspection import inspect_file
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -167,6 +168,21 @@ def test_listing_does_not_import_torch(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", ["apply", "fold"])
+def test_no_tensor_is_taken_into_memory_whole(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Views of a mapped file are copies where they are misaligned.
+    _save(tmp_path / "in", {"fc.weight": torch.rand(64, 4096), "fc.bias": torch.rand(64)})
+    if command == "fold":
+        jobs.convert_file(tmp_path / "in", tmp_path / "split", jobs.Job("apply"))
+        (tmp_path / "split").rename(tmp_path / "in")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(MappedFile, "tensor", refuse)
+    jobs.convert_file(tmp_path / "in", tmp_path / "out", jobs.Job(command))
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def fold(
     """
     sites = [site for site in carrier.sites("torch") if site.state == "split"]
     # Folding twice is no mistake, so a pattern may match nothing where nothing is split.
-    rows = [_fold(carrier, site, dry_run) for site in progress(selection.apply(sites) if sites else [])]
+    deferring = carrier if isinstance(carrier, DeferringCarrier) else None
+    rows = [_fold(carrier, deferring, site, dry_run) for site in progress(selection.apply(sites) if sites else [])]
     report = Report("fold", rows, carrier.walker, carrier.walker_note)
     _require_action(report, "folded", "nothing to fold" if rows else "nothing to fold: no weight is split")
     return report
@@ -129,12 +130,13 @@ def _split(carrier: Carrier, deferring: DeferringCarrier | None, site: Site, nam
     return Row(site, "split", zero_rows=counts.zero, scaled_rows=counts.scaled)
 
 
-def _fold(carrier: Carrier, site: Site, dry_run: bool) -> Row:
+def _fold(carrier: Carrier, deferring: DeferringCarrier | None, site: Site, dry_run: bool) -> Row:
     if site.skip:
         return Row(site, "skipped", site.skip)
-    if not dry_run:
-        g, v = carrier.read_pair(site)
-        carrier.put_weight(site, lambda: weightnorm.fold(g, v, name=site.name))
+    if dry_run or (deferring is not None and deferring.defer_fold(site)):
+        return Row(site, "folded")
+    g, v = carrier.read_pair(site)
+    carrier.put_weight(site, lambda: weightnorm.fold(g, v, name=site.name))
     return Row(site, "folded")
 
 

@@ -53,10 +53,13 @@ class Carrier(Protocol):
 
 @runtime_checkable
 class DeferringCarrier(Carrier, Protocol):
-    """A carrier that can leave a split to whoever saves it, so that no tensor is read before."""
+    """A carrier that can leave the arithmetic to whoever saves it, so that no tensor is read before."""
 
     def defer_split(self, site: Site, scheme: Scheme) -> bool:
         """Put a pair in the place of a weight and everything tied to it. False if the values are needed now."""
+
+    def defer_fold(self, site: Site) -> bool:
+        """Put a weight in the place of a pair and everything tied to it. False if the values are needed now."""
 
     def outcomes(self) -> Mapping[str, RowCounts | str]:
         """What the deferred splits came to by site name, once saved: counts, or why the weight stayed as it was."""

@@ -127,8 +127,8 @@ class StateDictCarrier:
 
     def read_pair(self, site: Site) -> tuple[Tensor, Tensor]:
         """See `Carrier.read_pair`."""
-        g, v = (self._entry(key).load() for key in _spelled(site))
-        return g, v
+        halves = self._halves(site.name, site)
+        return halves.g.load(), halves.v.load()
 
     def magnitudes(self) -> dict[str, Entry]:
         """The entry that holds g of every pair, by plain name."""
@@ -202,20 +202,19 @@ class StateDictCarrier:
                 direction = dataclasses.replace(direction, load=load_v, raw=None, alias=alias)
             self._replace(name, [magnitude, direction])
 
+    def defer_fold(self, site: Site) -> bool:
+        """See `DeferringCarrier.defer_fold`."""
+        folds = {name: self._halves(name, site) for name in (site.name, *site.tied)}
+        if not self._streamed or any(fold.source() is None for fold in folds.values()):
+            return False
+        for name, fold in folds.items():
+            self._join(name, fold, fold, fold.source())
+        return True
+
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
         """See `Carrier.put_weight`. The weight is computed when it is read or saved."""
         for name in (site.name, *site.tied):
-            g, v = (self._entry(key) for key in names.spell(name, site.scheme or "legacy"))
-            alias = v.alias and ("w", v.alias)
-            folded = dataclasses.replace(v, name=name, load=weight, raw=None, alias=alias)
-            if self._streamed and g.stored is not None and v.stored is not None:
-                folded = dataclasses.replace(folded, made=Pair(site.name, g.stored, v.stored))
-            first, second = g, v
-            # In another container than v, g cannot stand for the weight: the bulk of the data stays where it was.
-            if g.home != v.home or self._position(v) < self._position(g):
-                first, second = v, g
-            self._replace(first.name, [folded])
-            self._replace(second.name, [])
+            self._join(name, self._halves(name, site), weight)
 
     def rename(self, site: Site, scheme: Scheme) -> None:
         """See `Carrier.rename`."""
@@ -234,6 +233,22 @@ class StateDictCarrier:
                 halves |= {pair.g, pair.v}
                 found[pair.name] = _Fold(pair.name, view.entries[pair.g], view.entries[pair.v])
         return found | {name: _Plain(entry) for name, entry in view.entries.items() if name not in halves}
+
+    def _halves(self, name: str, site: Site) -> _Fold:
+        g, v = (self._entry(key) for key in names.spell(name, site.scheme or "legacy"))
+        return _Fold(site.name, g, v)
+
+    def _join(self, name: str, halves: _Fold, load: Callable[[], Tensor], made: Pair | None = None) -> None:
+        """Put a weight in the place of a pair."""
+        g, v = halves.g, halves.v
+        alias = v.alias and ("w", v.alias)
+        folded = dataclasses.replace(v, name=name, load=load, raw=None, alias=alias, made=made)
+        first, second = g, v
+        # In another container than v, g cannot stand for the weight: the bulk of the data stays where it was.
+        if g.home != v.home or self._position(v) < self._position(g):
+            first, second = v, g
+        self._replace(first.name, [folded])
+        self._replace(second.name, [])
 
     def _entry(self, name: str) -> Entry:
         return next(entry for entry in self._slots[self._slot_of[name]] if entry.name == name)
@@ -326,10 +341,6 @@ class _Split:
 def _size(entry: Entry) -> int:
     # Elements do, where the bytes are not known without torch: this is for dealing out work.
     return entry.raw.size if entry.raw else math.prod(entry.shape)
-
-
-def _spelled(site: Site) -> tuple[str, str]:
-    return names.spell(site.name, site.scheme or "legacy")
 
 
 def _holding(tensor: Tensor) -> Callable[[], Tensor]:

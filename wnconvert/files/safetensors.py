@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ def entries(mapped: MappedFile, parsed: header.Header, home: str | None = None) 
             tensor.name,
             tensor.shape,
             tensor.dtype,
-            load=functools.partial(_load, mapped, tensor),
+            load=_View(mapped, tensor),
             home=home,
             raw=Raw(mapped.path, tensor.start, tensor.size),
         )
@@ -115,12 +115,20 @@ def _array(data: bytes, dtype: str) -> NDArray[Any]:
     return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-def _load(mapped: MappedFile, tensor: header.Tensor) -> Tensor:
-    # Here and not above: listing a file must not import torch.
-    import torch
+@dataclasses.dataclass(frozen=True, slots=True)
+class _View:
+    """Gives a tensor. There are as many as tensors, so it is small."""
 
-    dtype = getattr(torch, tensor.dtype, None)
-    if isinstance(dtype, torch.dtype):
-        return mapped.tensor(dtype, tensor.shape, tensor.start, tensor.size)
-    # A dtype that torch does not have: its bytes can still be compared.
-    return mapped.tensor(torch.uint8, (tensor.size,), tensor.start, tensor.size)
+    mapped: MappedFile
+    tensor: header.Tensor
+
+    def __call__(self) -> Tensor:
+        # Here and not above: listing a file must not import torch.
+        import torch
+
+        tensor = self.tensor
+        dtype = getattr(torch, tensor.dtype, None)
+        if isinstance(dtype, torch.dtype):
+            return self.mapped.tensor(dtype, tensor.shape, tensor.start, tensor.size)
+        # A dtype that torch does not have: its bytes can still be compared.
+        return self.mapped.tensor(torch.uint8, (tensor.size,), tensor.start, tensor.size)

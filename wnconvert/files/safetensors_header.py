@@ -101,7 +101,9 @@ def read(path: Path) -> Header:
     if metadata is not None and not _is_text(metadata):
         raise _damaged(path, "its metadata is no table of text")
     begin = 8 + length
-    tensors = sorted((_tensor(path, name, fields, begin) for name, fields in table.items()), key=_order)
+    # Most shapes are those of other tensors too, and headers of 100,000 tensors are held in memory.
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    tensors = sorted((_tensor(path, name, fields, begin, shapes) for name, fields in table.items()), key=_order)
     _check_layout(path, tensors, begin, available)
     return Header(tuple(tensors), metadata)
 
@@ -147,7 +149,9 @@ def _is_text(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
-def _tensor(path: Path, name: str, fields: object, begin: int) -> Tensor:
+def _tensor(
+    path: Path, name: str, fields: object, begin: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> Tensor:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{name!r} has no dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -163,7 +167,8 @@ def _tensor(path: Path, name: str, fields: object, begin: int) -> Tensor:
     start, stop = offsets
     if stop < start or (code in _BITS and math.prod(shape) * _BITS[code] != (stop - start) * 8):
         raise _damaged(path, f"{name!r} of shape {shape} and dtype {code} does not fill its {stop - start} bytes")
-    return Tensor(name, _NAMES.get(code, code), tuple(shape), begin + start, stop - start)
+    held = tuple(shape)
+    return Tensor(name, _NAMES.get(code, code), shapes.setdefault(held, held), begin + start, stop - start)
 
 
 def _are_sizes(values: object) -> bool:

@@ -140,25 +140,25 @@ class OnnxCarrier:
         if v.data_ptr() != self._last_read.data_ptr():
             tensors.write_inline(self._by_name[site.name].tensor, v)
 
-    def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
-        """Take the nodes and the magnitude out again, and let every reader read the tensor itself.
-
-        What is in a data file is left to whoever saves the model.
-        """
+    def defer_fold(self, site: Site) -> bool:
+        """See `DeferringCarrier.defer_fold`. That is so for every direction in a data file."""
         pair = self._pair_of[self._by_name[site.name]]
-        g, v, last = pair.g.tensor, pair.v.tensor, pair.result.node
-        original = None if last is None else external.recall(last.doc_string, v)
-        if original is not None and not external.is_there(original, self.folder):
-            original = None
-        if external.is_external(v):
-            halves = plan.Pair(site.name, views.stored(g, self.folder), views.stored(v, self.folder))
-            self._folds.append(DeferredFold(halves, v, original))
-        else:
-            folded = weight()
-            if original is not None and bits.same(folded, external.read(original, self.folder)):
-                v.CopyFrom(original)
-            elif not bits.same(folded, tensors.read_inline(v)):
-                tensors.write_inline(v, folded)
+        g, v = pair.g.tensor, pair.v.tensor
+        if not external.is_external(v):
+            return False
+        halves = plan.Pair(site.name, views.stored(g, self.folder), views.stored(v, self.folder))
+        self._folds.append(DeferredFold(halves, v, self._original(pair)))
+        self._take_out(pair)
+        return True
+
+    def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
+        """Take the nodes and the magnitude out again, and let every reader read the tensor itself."""
+        pair = self._pair_of[self._by_name[site.name]]
+        v, original, folded = pair.v.tensor, self._original(pair), weight()
+        if original is not None and bits.same(folded, external.read(original, self.folder)):
+            v.CopyFrom(original)
+        elif not bits.same(folded, tensors.read_inline(v)):
+            tensors.write_inline(v, folded)
         self._take_out(pair)
 
     def rename(self, site: Site, scheme: Scheme) -> None:  # noqa: ARG002 - refused for any
@@ -221,6 +221,12 @@ class OnnxCarrier:
     def outcomes(self) -> Mapping[str, RowCounts | str]:
         """See `DeferringCarrier.outcomes`."""
         return self._outcomes
+
+    def _original(self, pair: Pair) -> TensorProto | None:
+        """Where the weight of a pair was in a data file before it was split, if it is there still."""
+        last = pair.result.node
+        original = None if last is None else external.recall(last.doc_string, pair.v.tensor)
+        return original if original is not None and external.is_there(original, self.folder) else None
 
     def _site(self, value: Constant, uses: list[Use], dim: Dim) -> Site:
         shape, dtype = tuple(value.tensor.dims), tensors.dtype_name(value.tensor)
