@@ -28,6 +28,9 @@ WNCONVERT = (PYTHON, "-m", "wnconvert")
 IMPORT_TORCH = (PYTHON, "-c", "import torch")
 HERE = Path(__file__).parent
 
+_TOUCHED = 2.5
+"""Bytes of memory touched for each that is to be written."""
+
 
 class Failed(SystemExit):
     """A command failed. Ends the program with what the command said, unless it is caught."""
@@ -100,7 +103,7 @@ def compare(
         commands: by name.
         runs: rounds that count; one before them does not.
         clean: called before every command, to remove what the last one wrote.
-        memory: bytes to touch and give back after that, see `prime`.
+        memory: bytes that each of them writes, see `prime`.
     """
 
     def once(command: Sequence[str | Path]) -> Run:
@@ -113,14 +116,17 @@ def compare(
 
 
 def prime(size: int) -> None:
-    """Touch memory and give it back, in a process of its own.
+    """Touch memory for a command that writes so many bytes and give it back, in a process of its own.
 
-    A virtual machine hands memory that was freed back to its host within seconds, and asking for it again takes up to
-    three times as long as copying into it. Without this, the time of a command that writes a large file depends on how
-    much the one before it gave back, and how long ago.
+    A virtual machine hands memory that was freed back to its host, about a gigabyte in a second, and asking for it
+    again takes up to three times as long as copying into it. Without this, the time of a command that writes a large
+    file depends on how much the one before it gave back, and how long ago. It is more than is written, as what is free
+    goes on being handed back while the command runs.
     """
-    if size:
-        run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {size})\nfor i in range(0, {size}, 4096): m[i] = 1"])
+    available = _available()
+    touched = int(_TOUCHED * size) if available is None else min(int(_TOUCHED * size), int(0.8 * available))
+    if touched:
+        run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {touched})\nfor i in range(0, {touched}, 4096): m[i] = 1"])
 
 
 def copy_after_import(sources: Sequence[Path], target: Path, *, synced: bool = False) -> list[str | Path]:
