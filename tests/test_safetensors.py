@@ -183,6 +183,8 @@ def test_no_tensor_is_taken_into_memory_whole(command: str, tmp_path: Path, monk
 
     monkeypatch.setattr(MappedFile, "tensor", refuse)
     jobs.convert_file(tmp_path / "in", tmp_path / "out", jobs.Job(command))
+    weights = {"fc.weight"} if command == "fold" else {"fc.weight_g", "fc.weight_v"}
+    assert load_file(tmp_path / "out").keys() == {*weights, "fc.bias"}
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ HERE = Path(__file__).parent
 _TOUCHED = 2.5
 """Bytes of memory touched for each that is to be written."""
 
+_MOST = 0.8
+"""The part of the available memory that is touched at most, so that nothing else has to go."""
+
 
 class Failed(SystemExit):
     """A command failed. Ends the program with what the command said, unless it is caught."""
@@ -123,8 +126,8 @@ def prime(size: int) -> None:
     file depends on how much the one before it gave back, and how long ago. It is more than is written, as what is free
     goes on being handed back while the command runs.
     """
-    available = _available()
-    touched = int(_TOUCHED * size) if available is None else min(int(_TOUCHED * size), int(0.8 * available))
+    wanted, available = int(_TOUCHED * size), _available()
+    touched = wanted if available is None else min(wanted, int(_MOST * available))
     if touched:
         run([PYTHON, "-c", f"import mmap\nm = mmap.mmap(-1, {touched})\nfor i in range(0, {touched}, 4096): m[i] = 1"])
 

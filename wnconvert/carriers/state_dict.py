@@ -205,10 +205,11 @@ class StateDictCarrier:
     def defer_fold(self, site: Site) -> bool:
         """See `DeferringCarrier.defer_fold`."""
         folds = {name: self._halves(name, site) for name in (site.name, *site.tied)}
-        if not self._streamed or any(fold.source() is None for fold in folds.values()):
+        made = {name: fold.source() for name, fold in folds.items()}
+        if not self._streamed or None in made.values():
             return False
         for name, fold in folds.items():
-            self._join(name, fold, fold, fold.source())
+            self._join(name, fold, fold, made[name])
         return True
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
