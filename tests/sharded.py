@@ -14,6 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from wnconvert.errors import WnconvertError
 from wnconvert.ranks import Ranks
@@ -23,19 +31,23 @@ SHARDS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """One format.
+    """One way to write a checkpoint.
 
     Attributes:
+        name: of the way.
         format: its name in `wnconvert.files.FORMATS`.
         write: makes a folder of `SHARDS` files of such tensors.
         shard: a glob for its files.
         rows: of each weight, so that it is large enough to be streamed.
+        whole: each weight lies in one file.
     """
 
+    name: str
     format: str
     write: Callable[[Path, list[dict[str, Tensor]]], None]
     shard: str
     rows: int = 16
+    whole: bool = True
 
     def make(self, folder: Path, rows: int | None = None) -> Path:
         """A folder with a zero row, and a weight with NaN."""
@@ -81,11 +93,42 @@ def _dcp(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     dcp.save({"model": model, "step": 3}, storage_writer=writer, no_dist=True)
 
 
+def save_in_parts(folder: Path, tensors: dict[str, Tensor], count: int, axis: int) -> None:
+    """A folder as so many processes write it that have a part of each tensor, and a file each."""
+    described, stored, places = {}, {}, {}
+    sizes = [0] * count
+    for name, tensor in tensors.items():
+        along = min(axis, tensor.dim() - 1)
+        step = -(-tensor.shape[along] // count)
+        chunks = []
+        for i, first in enumerate(range(0, tensor.shape[along], step)):
+            part = tensor.narrow(along, first, min(step, tensor.shape[along] - first)).clone()
+            offsets = torch.Size(first if d == along else 0 for d in range(tensor.dim()))
+            chunks.append(ChunkStorageMetadata(offsets, part.shape))
+            file = f"__{i}_0.distcp"
+            with (folder / file).open("ab") as writer:
+                torch.save(part, writer)
+                size = writer.tell() - sizes[i]
+            stored[MetadataIndex(f"model.{name}", offsets, len(chunks) - 1)] = _StorageInfo(file, sizes[i], size)
+            sizes[i] += size
+        described[f"model.{name}"] = TensorStorageMetadata(
+            TensorProperties.create_from_tensor(tensor), tensor.shape, chunks
+        )
+        places[f"model.{name}"] = ("model", name)
+    metadata = Metadata(described, places, stored)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _dcp_in_parts(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+    save_in_parts(folder, {name: tensor for tensors in shards for name, tensor in tensors.items()}, SHARDS, 0)
+
+
 FORMATS = (
-    Sharded("safetensors-sharded", _safetensors, "*.safetensors"),
-    Sharded("torch-sharded", _torch, "*.bin"),
+    Sharded("safetensors", "safetensors-sharded", _safetensors, "*.safetensors"),
+    Sharded("torch", "torch-sharded", _torch, "*.bin"),
     # Smaller tensors of this format are read as a whole.
-    Sharded("dcp", _dcp, "*.distcp", rows=4200),
+    Sharded("dcp", "dcp", _dcp, "*.distcp", rows=4200),
+    Sharded("dcp-parts", "dcp", _dcp_in_parts, "*.distcp", rows=4200, whole=False),
 )
 
 

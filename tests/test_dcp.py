@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.checkpoints import assert_same_contents
-from tests.sharded import contents, on_ranks
+from tests.sharded import contents, on_ranks, save_in_parts
 from wnconvert import compare, files, jobs, weightnorm
+from wnconvert.bits import same
 from wnconvert.errors import InputError
-from wnconvert.files import ReadOptions
+from wnconvert.files import ReadOptions, dcp_items
 from wnconvert.jobs import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -189,6 +190,54 @@ def test_tensors_in_several_parts(axis: int, tmp_path: Path) -> None:
     old, new = (dcp.FileSystemReader(tmp_path / name).read_metadata() for name in ("in", "folded"))
     before, after = old.state_dict_metadata["model.c.weight_v"], new.state_dict_metadata["model.c.weight"]
     assert before.chunks == after.chunks
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_stored_in_parts_is_never_held_whole(
+    axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = {f"{name}.proj.weight": torch.randn(600, 512) for name in ("ordinary", "zero", "tiny", "bad")}
+    plain["zero.proj.weight"][5] = 0
+    plain["tiny.proj.weight"][7] *= 1e-38
+    plain["bad.proj.weight"][8, 9] = torch.nan
+    pairs = {"pair.weight_g": torch.rand(600, 1), "pair.weight_v": torch.randn(600, 512)}
+    others = {"pair.bias": torch.randn(600), "buffer": torch.randn(600, 512)}
+    (tmp_path / "in").mkdir()
+    save_in_parts(tmp_path / "in", plain | pairs | others, 3, axis)
+
+    read = dcp_items.Items.read
+
+    def refuse(items: dcp_items.Items, name: str) -> Tensor:
+        assert name == "model.pair.bias"
+        return read(items, name)
+
+    monkeypatch.setattr(dcp_items.Items, "read", refuse)
+    report = _run("apply", tmp_path / "in", tmp_path / "split")
+    _run("fold", tmp_path / "split", tmp_path / "folded")
+    monkeypatch.undo()
+
+    assert {row.site.name: (row.action, row.zero_rows, row.scaled_rows) for row in report.rows} == {
+        "model.ordinary.proj.weight": ("split", 0, 0),
+        "model.zero.proj.weight": ("split", 1, 0),
+        "model.tiny.proj.weight": ("split", 0, 1),
+        "model.bad.proj.weight": ("skipped", 0, 0),
+        "model.pair.weight": ("skipped", 0, 0),
+    }
+    split, folded = _contents(tmp_path / "split")["model"], _contents(tmp_path / "folded")["model"]
+    for name in ("ordinary.proj", "zero.proj", "tiny.proj"):
+        g, v = weightnorm.split(plain[f"{name}.weight"], 0, name=f"model.{name}.weight")
+        assert same(split[f"{name}.weight_g"], g), name
+        assert same(split[f"{name}.weight_v"], v), name
+    pair = weightnorm.fold(pairs["pair.weight_g"], pairs["pair.weight_v"])
+    expected = plain | {"pair.weight": pair} | others
+    assert folded.keys() == expected.keys()
+    assert all(same(folded[name], value) for name, value in expected.items())
+    for name in ("split", "folded"):
+        metadata = dcp.FileSystemReader(tmp_path / name).read_metadata()
+        assert {
+            len(of.chunks) for key, of in metadata.state_dict_metadata.items() if key.endswith(("weight", "_v"))
+        } == {3}
 
 
 class _Evil:

@@ -27,7 +27,7 @@ from wnconvert.files.staging import Staging
 from wnconvert.jobs import Job
 
 ROOT = Path(__file__).parents[1]
-EVERY = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.format)
+EVERY = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -92,7 +92,7 @@ def test_a_difference_that_one_rank_finds_fails_all(form: Sharded, tmp_path: Pat
     other = form.make(tmp_path / "other")
     shard = form.files(other)[-1]
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) * 5 // 8] ^= 1
     shard.write_bytes(bytes(data))
 
     found = on_ranks(2, lambda crew: compare.compare_files(model, other, crew=crew))
@@ -179,10 +179,10 @@ def test_every_verb_under_torchrun(tmp_path: Path) -> None:
     commands += [(0, ["--help"]), (2, ["apply", "--nonsense"]), (2, ["apply", single]), (0, ["inspect", single])]
     commands += [(0, ["verify", single, single]), (0, ["apply", single, "--dry-run"]), (1, ["inspect", "none"])]
     for form in FORMATS:
-        model, damaged = str(form.make(tmp_path / f"{form.format}.in")), form.make(tmp_path / f"{form.format}.bad")
+        model, damaged = str(form.make(tmp_path / f"{form.name}.in")), form.make(tmp_path / f"{form.name}.bad")
         form.files(damaged)[1].unlink()
-        out, back = str(tmp_path / f"{form.format}.out"), str(tmp_path / f"{form.format}.back")
-        other = str(form.make(tmp_path / f"{form.format}.other", rows=form.rows + 1))
+        out, back = str(tmp_path / f"{form.name}.out"), str(tmp_path / f"{form.name}.back")
+        other = str(form.make(tmp_path / f"{form.name}.other", rows=form.rows + 1))
         commands += [
             (0, ["inspect", model]),
             (0, ["apply", model, "-o", out, "--dry-run"]),
@@ -212,11 +212,11 @@ def test_every_verb_under_torchrun(tmp_path: Path) -> None:
         if code in (1, 2, 4):
             assert len(lines) == 1 or arguments[1] == "--nonsense", arguments
     for form in FORMATS:
-        whole, folded = tmp_path / f"{form.format}.whole", tmp_path / f"{form.format}.folded"
-        jobs.convert_file(tmp_path / f"{form.format}.in", whole, Job("apply"))
-        assert contents(tmp_path / f"{form.format}.out") == contents(whole)
+        whole, folded = tmp_path / f"{form.name}.whole", tmp_path / f"{form.name}.folded"
+        jobs.convert_file(tmp_path / f"{form.name}.in", whole, Job("apply"))
+        assert contents(tmp_path / f"{form.name}.out") == contents(whole)
         jobs.convert_file(whole, folded, Job("fold"))
-        assert contents(tmp_path / f"{form.format}.back") == contents(folded)
+        assert contents(tmp_path / f"{form.name}.back") == contents(folded)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.sharded import FORMATS, SHARDS, Sharded, contents
+from tests.sharded import FORMATS, SHARDS, Sharded, contents, on_ranks
 from wnconvert import errors, files, jobs
 from wnconvert.errors import InputError, UsageError
 from wnconvert.files import lock, parts
@@ -23,7 +25,7 @@ from wnconvert.jobs import Job
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=FORMATS, ids=lambda form: form.format)
+@pytest.fixture(params=FORMATS, ids=lambda form: form.name)
 def form(request: pytest.FixtureRequest) -> Sharded:
     return request.param
 
@@ -249,6 +251,24 @@ def test_what_would_fail_again_leaves_nothing(
 
     with pytest.raises(type(error)):
         jobs.convert_file(model, tmp_path / "out", Job("apply"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pair_that_cannot_be_multiplied_is_named_and_leaves_nothing(
+    form: Sharded, count: int, tmp_path: Path
+) -> None:
+    shards = [
+        {f"{i}.weight_g": torch.ones(form.rows, 1), f"{i}.weight_v": torch.ones(form.rows, 64)} for i in range(SHARDS)
+    ]
+    shards[2]["2.weight_v"][form.rows - 1] = 0
+    (tmp_path / "in").mkdir()
+    form.write(tmp_path / "in", shards)
+
+    found = on_ranks(count, lambda crew: jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("fold"), crew=crew))
+
+    assert {type(error) for error in found} == {errors.PairError}
+    assert re.search(r"/in: (model\.)?2\.weight(\[\d+:\d+\])?: row \d+ of v is zero but its g is not$", str(found[0]))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

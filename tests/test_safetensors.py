@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tests import reference
 from tests.checkpoints import FORMATS, document, read_safetensors, read_sharded, state
-from wnconvert import convert, jobs
+from wnconvert import convert, jobs, weightnorm
 from wnconvert.files.mapped import MappedFile
 from wnconvert.inspection import inspect_file
+from wnconvert.sites import Selection
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -319,3 +320,22 @@ def test_magnitudes_of_half_types_need_no_torch(tmp_path: Path) -> None:
     assert (statistics.minimum, statistics.median, statistics.maximum) == (-1.5, 0.0, 2.0)
     assert (statistics.negative, statistics.zero) == (1, 1)
     assert read_safetensors(source)["metadata"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_verbs_after_one_another_on_one_open_file(trained: bool, tmp_path: Path) -> None:
+    w = torch.randn(64, 48)
+    g, v = weightnorm.split(w, 0)
+    g = g * 3 if trained else g
+    save_file({"fc.weight_g": g, "fc.weight_v": v, "fc.bias": torch.ones(64)}, tmp_path / "in.safetensors")
+    opened = document(tmp_path / "in.safetensors")
+
+    convert.fold(opened.carrier)
+    convert.apply(opened.carrier, selection=Selection(kinds=("*",)))
+    opened.save(tmp_path, "out.safetensors")
+
+    expected_g, expected_v = weightnorm.split(weightnorm.fold(g, v), 0)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {"fc.weight_g", "fc.weight_v", "fc.bias"}
+    assert torch.equal(found["fc.weight_g"], expected_g)
+    assert torch.equal(found["fc.weight_v"], expected_v)

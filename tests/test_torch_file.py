@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints import assert_same_contents, converted, document, flat, state
-from wnconvert import convert, jobs
+from wnconvert import convert, jobs, weightnorm
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError, NothingToDo, PairError
 from wnconvert.files import ReadOptions, tree
@@ -118,6 +118,32 @@ def test_special_tensors_are_left_as_they_are(tmp_path: Path) -> None:
     assert split["sparse"]["weight"].is_sparse
     assert split["quantized"]["weight"].is_quantized
     assert torch.equal(split["conj"]["weight"], value["conj"]["weight"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:TypedStorage:UserWarning")
+def test_tied_pairs_stay_tied_beside_special_tensors(tmp_path: Path) -> None:
+    g, v = torch.rand(4, 1), torch.randn(4, 5)
+    tied = {"a.weight_g": g, "a.weight_v": v, "b.weight_g": g, "b.weight_v": v}
+    special = {"quantized": {"weight": torch.quantize_per_tensor(torch.rand(3, 3), 0.1, 0, torch.qint8)}}
+
+    folded = converted(tied | special, tmp_path, "fold")
+
+    assert torch.equal(folded["a.weight"], weightnorm.fold(g, v))
+    assert folded["a.weight"].data_ptr() == folded["b.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_pair_of_any_strides_that_cannot_be_multiplied_leaves_nothing(
+    memory: torch.memory_format, tmp_path: Path
+) -> None:
+    v = torch.ones(2, 3, 4, 4)
+    v[1] = 0
+    pair = {"a.weight_g": torch.ones(2, 1, 1, 1), "a.weight_v": v.contiguous(memory_format=memory)}
+    torch.save(pair, tmp_path / "in.pt")
+
+    with pytest.raises(PairError, match=r"in\.pt: a\.weight: row 1 of v is zero but its g is not$"):
+        jobs.convert_file(tmp_path / "in.pt", tmp_path / "out.pt", jobs.Job("fold"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 
 
 def test_parameters_stay_parameters(tmp_path: Path) -> None:

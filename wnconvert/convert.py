@@ -73,7 +73,8 @@ def fold(
     """Multiply every selected pair back into a plain weight. Plain weights are not listed.
 
     Raises:
-        PairError: a pair cannot be multiplied; the message names it.
+        PairError: a pair cannot be multiplied; the message names it. Where the weight is made while it is saved, saving
+            raises it.
         UsageError: a pattern of the selection matches nothing.
         NothingToDo: nothing is split.
     """

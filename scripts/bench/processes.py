@@ -32,7 +32,7 @@ _TOUCHED = 2.5
 """Bytes of memory touched for each that is to be written."""
 
 _MOST = 0.8
-"""The part of the available memory that is touched at most, so that nothing else has to go."""
+"""The part of the available memory that is touched at most."""
 
 
 class Failed(SystemExit):

@@ -185,6 +185,17 @@ class StateDictCarrier:
         """See `DeferringCarrier.outcomes`."""
         return self._outcomes
 
+    def hold(self, name: str, g: Tensor, outcome: RowCounts | str) -> None:
+        """As `settle`, for a split whose magnitudes are known. Without changed rows, the direction is the weight."""
+        self.settle(name, outcome)
+        if isinstance(outcome, str):
+            return
+        for old, g_name in self._deferred[name]:
+            magnitude, direction = self._slots[self._slot_of[g_name]]
+            self._replace(g_name, [dataclasses.replace(magnitude, load=_holding(g), made=None)])
+            if outcome == RowCounts(0, 0):
+                self._replace(direction.name, [dataclasses.replace(old, name=direction.name)])
+
     def put_pair(self, site: Site, g: Tensor, v: Tensor, scheme: Scheme) -> None:
         """See `Carrier.put_pair`."""
         unchanged = self._read is not None and self._read[0] == site.name and _same_memory(self._read[1], v)
@@ -193,23 +204,25 @@ class StateDictCarrier:
         for name in (site.name, *site.tied):
             old = self._entry(name)
             g_name, v_name = names.spell(name, scheme)
+            own = dataclasses.replace(old, raw=None, made=None)
             magnitude = dataclasses.replace(
-                old, name=g_name, shape=tuple(g.shape), load=load_g, raw=None, alias=old.alias and ("g", old.alias)
+                own, name=g_name, shape=tuple(g.shape), load=load_g, alias=old.alias and ("g", old.alias)
             )
             direction = dataclasses.replace(old, name=v_name)
             if not unchanged:
                 alias = old.alias and ("v", old.alias)
-                direction = dataclasses.replace(direction, load=load_v, raw=None, alias=alias)
+                direction = dataclasses.replace(own, name=v_name, load=load_v, alias=alias)
             self._replace(name, [magnitude, direction])
 
     def defer_fold(self, site: Site) -> bool:
         """See `DeferringCarrier.defer_fold`."""
-        folds = {name: self._halves(name, site) for name in (site.name, *site.tied)}
-        made = {name: fold.source() for name, fold in folds.items()}
-        if not self._streamed or None in made.values():
+        if not self._streamed:
             return False
-        for name, fold in folds.items():
-            self._join(name, fold, fold, made[name])
+        # What is tied is tied afterwards: it has one function that gives it.
+        weight = self._halves(site.name, site)
+        for name in (site.name, *site.tied):
+            halves = self._halves(name, site)
+            self._join(name, halves, weight, halves.source())
         return True
 
     def put_weight(self, site: Site, weight: Callable[[], Tensor]) -> None:
@@ -227,7 +240,7 @@ class StateDictCarrier:
     def effective(self) -> Mapping[str, Callable[[], Tensor]]:
         """See `Carrier.effective`."""
         view = PlainView.of(self.entries())
-        found: dict[str, Callable[[], Tensor]] = {entry.name: entry.load for entry in self._others}
+        found: dict[str, Callable[[], Tensor]] = {entry.name: _Plain(entry) for entry in self._others}
         halves = set()
         for pair in view.pairs.values():
             if pair.problem is None:

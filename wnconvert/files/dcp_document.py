@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from wnconvert.carriers.state_dict import StateDictCarrier
 from wnconvert.errors import InputError
-from wnconvert.files import dcp_metadata, dcp_save, tree
+from wnconvert.files import dcp_metadata, dcp_save, dcp_split, tree
 from wnconvert.files.dcp_items import Items
 from wnconvert.files.dcp_plan import Input, Plan, Record
 from wnconvert.files.entries import Entry
@@ -80,6 +80,7 @@ class DcpDocument(FolderDocument):
         return dcp_metadata.NAME, *sorted(self._items.files())
 
     def _files(self) -> dict[str, File]:
+        dcp_split.split(self.carrier, self._watcher, self._crew)
         return {
             file: File(functools.partial(map, Record.described, records), functools.partial(self._write, file, records))
             for file, records in self._plan().files.items()

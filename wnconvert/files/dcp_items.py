@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from wnconvert import names
 from wnconvert.errors import InputError
 from wnconvert.files import torch_map
+from wnconvert.files.box import Box
 from wnconvert.files.entries import Entry, Raw
 from wnconvert.files.file_map import FileMap, NotMappable
+from wnconvert.files.raw import Scattered
 from wnconvert.stream.plan import Pair, Stored
 
 _LARGE = 1 << 20
@@ -41,6 +43,10 @@ class Part:
     file: str
     start: int
     length: int
+
+    def box(self, shape: Sequence[int]) -> Box:
+        """Which elements it has of a tensor of this shape."""
+        return Box(tuple(shape), self.offsets, self.sizes)
 
     def within(self, whole: Tensor) -> Tensor:
         """The view of the whole tensor that this part is."""
@@ -146,17 +152,22 @@ class Items:
                 return Stored(inner, entry.dtype, (rows.stop - rows.start, *entry.shape[1:]))
         return None
 
-    def worth_streaming(self, name: str) -> Raw | None:
-        """Where a tensor is, if it is stored in one part and is large, or the magnitude of one that is.
+    def worth_streaming(self, name: str) -> Raw | Scattered | None:
+        """Where a tensor is, if it is large, or the magnitude of one that is.
 
-        To know that, its item must be opened, which takes longer than to read a small one.
+        To know that, its items must be opened, which takes longer than to read small ones.
         """
         parts, described = self.parts(name), self.described(name)
         half = names.plain_name(name)
-        size = math.prod(described.size) * described.properties.dtype.itemsize
-        if len(parts) != 1 or not size or (size < _LARGE and not (half and half[2] == "g")):
+        itemsize = described.properties.dtype.itemsize
+        size = math.prod(described.size) * itemsize
+        if not size or (size < _LARGE and not (half and half[2] == "g")):
             return None
-        return self.raw(name, parts[0])
+        raws = [self.raw(name, part) for part in parts]
+        stored = tuple((part.box(described.size), raw) for part, raw in zip(parts, raws, strict=True) if raw)
+        if len(stored) != len(parts):
+            return None
+        return stored[0][1] if len(parts) == 1 else Scattered(stored, itemsize, size)
 
     def release(self) -> None:
         """Give the memory of everything that was looked at back to the system."""

@@ -25,6 +25,7 @@ from wnconvert import names
 from wnconvert.files import finished
 from wnconvert.files.dcp_items import Items, Part, parts_like
 from wnconvert.files.entries import Entry, Raw
+from wnconvert.files.filling import PartOf
 from wnconvert.sites import SCHEMES
 from wnconvert.stream.plan import Half, Pair
 
@@ -54,7 +55,7 @@ class Converted:
 
     entry: Entry
     part: Part
-    made: Pair | Half | None
+    made: Pair | Half | PartOf | None
 
     def load(self) -> Tensor:
         """Its values."""
@@ -151,7 +152,9 @@ class Plan:
         self._describe(entry.name, TensorStorageMetadata(properties, torch.Size(entry.shape), chunks), path)
         halves = self._halves(entry.name)
         for i, (part, *_) in enumerate(groups):
-            made = self._source.items.pair(entry.name, *halves, part) if halves else entry.made
+            made: Pair | Half | PartOf | None = self._source.items.pair(entry.name, *halves, part) if halves else None
+            if made is None and entry.made is not None:
+                made = entry.made if part.sizes == entry.shape else PartOf(entry.made, part.box(entry.shape))
             converted = Converted(entry, part, made)
             yield Record(MetadataIndex(entry.name, part.offsets, i), part.file, part.start, converted)
 

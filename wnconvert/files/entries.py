@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
-from wnconvert.files.raw import Raw
+from wnconvert.files.raw import Raw, Scattered
 from wnconvert.stream.plan import Half, Pair, Stored
 
 __all__ = ["Entry", "Raw"]
@@ -42,7 +42,7 @@ class Entry:
     home: Hashable = None
     alias: Hashable = None
     requires_grad: bool | None = None
-    raw: Raw | None = None
+    raw: Raw | Scattered | None = None
     overlaps: str | None = None
     made: Pair | Half | None = None
     fixed: bool = False

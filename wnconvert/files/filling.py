@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from wnconvert.files import torch_skeleton
+from wnconvert.files.box import Box
 from wnconvert.files.checksums import ChecksummedFiles
 from wnconvert.files.entries import Raw
 from wnconvert.files.torch_skeleton import Hole, Skeleton
 from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.sites import RowCounts
 from wnconvert.stream import engine
-from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Split, Task
+from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Split, Task, Window
 from wnconvert.stream.receipts import Receipts
 from wnconvert.watch import Watcher
 
@@ -37,7 +38,15 @@ class Held:
     strides: tuple[int, ...]
 
 
-Content = Copied | Held | Pair | Half
+@dataclasses.dataclass(frozen=True, slots=True)
+class PartOf:
+    """A part of a weight that is made, or of a direction whose magnitudes are known."""
+
+    made: Pair | Half
+    box: Box
+
+
+Content = Copied | Held | Pair | Half | PartOf
 """A pair is multiplied, a half is made together with the other one."""
 
 
@@ -97,6 +106,8 @@ class Filling:
                     tasks.append(Fold(content, place))
                 elif isinstance(content, Half):
                     halves[content] = place
+                elif isinstance(content, PartOf):
+                    tasks.append(_part_of(content, place))
         for half, place in halves.items():
             if half.part == "v":
                 weight, g = half.weight, halves[dataclasses.replace(half, part="g")]
@@ -113,6 +124,13 @@ class Filling:
                 checksums.append(opened.checksum(path, hole.start, hole.size, again=again) if known is None else known)
             with path.open("r+b") as file:
                 torch_skeleton.settle(file, skeleton, checksums)
+
+
+def _part_of(content: PartOf, place: Place) -> Task:
+    made, window = content.made, Window(place, content.box)
+    if isinstance(made, Pair):
+        return Fold(made, window)
+    return Split(made.name, made.weight, made.axis, made.groups, made.weight.dtype, None, window)
 
 
 def _flat(held: Held) -> memoryview[int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+
+from wnconvert.files.box import Box
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,3 +28,36 @@ class Inline:
     def size(self) -> int:
         """Number of bytes."""
         return len(self.data)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scattered:
+    """The bytes of a tensor that is stored in parts.
+
+    Attributes:
+        parts: which elements each has, and where they are. Together they have every element once.
+        itemsize: bytes of an element.
+        size: number of bytes of the whole.
+    """
+
+    parts: tuple[tuple[Box, Raw], ...]
+    itemsize: int
+    size: int
+
+    def shares(self, start: int, size: int) -> Iterator[tuple[Raw, list[slice]]]:
+        """Yield what each part has of the bytes of the tensor from `start` on.
+
+        Args:
+            start: a whole number of elements, as is `size`.
+            size: number of bytes.
+
+        Yields:
+            A stretch of a file, and which of the bytes it is, in its order.
+        """
+        unit = self.itemsize
+        for box, raw in self.parts:
+            found = list(box.stretches(start // unit, (start + size) // unit))
+            if found:
+                places = [slice(at * unit - start, (at + count) * unit - start) for at, _, count in found]
+                total = sum(count for *_, count in found) * unit
+                yield Raw(raw.path, raw.start + found[0][1] * unit, total), places

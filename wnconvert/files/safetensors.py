@@ -99,7 +99,7 @@ def magnitudes(carrier: StateDictCarrier) -> dict[str, MagnitudeStatistics]:
     """Statistics of every magnitude that still is in a file, read with numpy."""
     found = {}
     for name, entry in carrier.magnitudes().items():
-        if entry.raw is not None and entry.dtype in _DESCRIBED:
+        if isinstance(entry.raw, Raw) and entry.dtype in _DESCRIBED:
             data = MappedFile(entry.raw.path).bytes(entry.raw.start, entry.raw.size)
             described = statistics(_array(data, entry.dtype))
             if described is not None:

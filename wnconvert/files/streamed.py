@@ -9,7 +9,7 @@ from pathlib import Path
 from wnconvert.carriers.state_dict import Slots
 from wnconvert.files import safetensors_header as header
 from wnconvert.files.entries import Entry
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Put, Split, Task
 from wnconvert.watch import Watcher
@@ -66,12 +66,12 @@ def plan(output: Output) -> tuple[int, list[Task]]:
     first = header.render([(e.name, e.dtype, e.shape, stored_size(e)) for e in entries], output.metadata)
     tasks: list[Task] = [Put(first, Place(output.path, 0))]
     at = len(first)
-    halves: dict[Raw | Inline, Place] = {}
+    halves: dict[Raw | Inline | Scattered, Place] = {}
     for entry in entries:
         place = Place(output.path, at)
         at += stored_size(entry)
         made = entry.made
-        if entry.raw is not None:
+        if isinstance(entry.raw, Raw):
             tasks.append(Copy(entry.raw, place))
         elif isinstance(made, Pair):
             tasks.append(Fold(made, place))

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import NoneType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from wnconvert import weightnorm
 from wnconvert.errors import NotSplittable, PairError
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.sites import Axis, RowCounts, kept_axes
 from wnconvert.stream import pieces, work
 from wnconvert.stream.pieces import RUN, Run
-from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Put, Split, Stored, Task
+from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Place, Put, Split, Stored, Target, Task
 from wnconvert.stream.work import Result, SplitPart
 from wnconvert.stream.workspace import Workspace, memory_of, torch_dtype
 
@@ -125,7 +126,7 @@ def _together(tasks: list[Task], run: Run, space: Workspace) -> Sequence[Result]
 def _fold(tasks: list[Fold], run: Run, space: Workspace) -> Sequence[Result]:
     values = _folded([task.pair for task in tasks], run, space, "v")
     for task, part in zip(tasks, _parts(values, len(tasks)), strict=True):
-        space.files.write(task.to.path, task.to.start, part)
+        _write(space, task.to, part)
     return [None] * len(tasks)
 
 
@@ -142,9 +143,9 @@ def _split(tasks: list[Split], run: Run, space: Workspace) -> Sequence[Result] |
     if weightnorm.row_counts(g, v.dtype) != RowCounts(0, 0):
         return None
     for task, part_g, part_v in zip(tasks, _parts(g, len(tasks)), _parts(v, len(tasks)), strict=True):
-        space.files.write(task.g.path, task.g.start, part_g)
+        _write(space, task.g, part_g)
         if task.v is not None:
-            space.files.write(task.v.path, task.v.start, part_v)
+            _write(space, task.v, part_v)
     return [SplitPart(RowCounts(0, 0), None)] * len(tasks)
 
 
@@ -167,13 +168,18 @@ def _folded(pairs: list[Pair], run: Run, space: Workspace, role: str) -> Tensor:
     return weightnorm.fold(g, v.view(shape), overwrite=True, scratch=space.scratch)
 
 
-def _read(role: str, raws: Sequence[Raw | Inline], space: Workspace) -> Tensor:
+def _read(role: str, raws: Sequence[Raw | Inline | Scattered], space: Workspace) -> Tensor:
     """The bytes of tensors of one size, one after the other."""
     size = raws[0].size
     data = space.buffer(role, size * len(raws))
     for raw, part in zip(raws, _parts(data, len(raws)), strict=True):
         space.fill(part, raw)
     return data
+
+
+def _write(space: Workspace, to: Target | None, data: memoryview) -> None:
+    place = cast("Place", to)
+    space.files.write(place.path, place.start, data)
 
 
 def _parts(values: Tensor, count: int) -> Iterator[memoryview]:
@@ -189,12 +195,14 @@ def _below(run: Run) -> Axis:
 
 
 def _kind(task: Task) -> Hashable | None:
-    """The same for tasks that can be done as one; None for one that is not small."""
+    """The same for tasks that can be done as one; None for one that is not small, or does not go to a file whole."""
     if not isinstance(task, (Fold, Split, Compare)) or not 0 < _elements(task) <= SMALL:
         return None
     if isinstance(task, Fold):
-        return (Fold, *_form(task.pair))
+        return (Fold, *_form(task.pair)) if isinstance(task.to, Place) else None
     if isinstance(task, Split):
+        if not isinstance(task.g, Place) or not isinstance(task.v, (Place, NoneType)):
+            return None
         return Split, *_form(task.weight), task.axis, task.groups, task.g_dtype
     return Compare, _form(task.a), _form(task.b)
 

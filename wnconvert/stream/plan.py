@@ -7,13 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.box import Box
+from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.sites import Axis
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor, contiguous in row-major order, mostly in a file.
+    """A tensor, contiguous in row-major order or in parts that are, mostly in files.
 
     Attributes:
         raw: where its bytes are.
@@ -21,7 +22,7 @@ class Stored:
         shape: of the tensor.
     """
 
-    raw: Raw | Inline
+    raw: Raw | Inline | Scattered
     dtype: str
     shape: tuple[int, ...]
 
@@ -83,6 +84,29 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """A position in an output file for a part of a tensor. The rest of it is not written.
+
+    Attributes:
+        place: of the first element of the part.
+        box: the part.
+    """
+
+    place: Place
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """Memory in the place of an output file, of the size of the tensor."""
+
+    data: bytearray
+
+
+Target: TypeAlias = Place | Window | Kept
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Put:
     """Write these bytes."""
 
@@ -103,7 +127,7 @@ class Fold:
     """Multiply a pair and write the weight."""
 
     pair: Pair
-    to: Place
+    to: Place | Window
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +140,7 @@ class Split:
         axis: see `weightnorm.split`, as for the next two.
         groups: above 1, the axis refers to the weight seen in groups.
         g_dtype: as in `float32`.
-        g: where the magnitude goes.
+        g: where the magnitude goes, or None if it is known.
         v: where the direction goes, or None if only the magnitude is written.
     """
 
@@ -125,8 +149,8 @@ class Split:
     axis: Axis
     groups: int
     g_dtype: str
-    g: Place
-    v: Place | None
+    g: Place | Kept | None
+    v: Place | Window | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.sites import RowCounts, g_shape
 from wnconvert.stream import engine, work
-from wnconvert.stream.plan import Fold, Pair, Place, Split, Stored, Task
+from wnconvert.stream.plan import Fold, Pair, Place, Split, Stored, Target, Task
 from wnconvert.stream.work import Result, SplitPart, Sum
 
 
@@ -35,14 +35,15 @@ class Receipt(NamedTuple):
 class Receipts:
     """What was written where.
 
-    There is no receipt for small tensors that were worked on together, for slabs, and for splits that changed a row.
+    There is no receipt for small tensors that were worked on together, for slabs, for splits that changed a row, and
+    for what went into several files.
     """
 
     def __init__(self, tasks: Sequence[Task] = ()) -> None:
         """Take what is about to be done."""
         self._tasks = tasks
         self._inputs = {path: _state(path) for path in {path for task in tasks for path in _sources(task)}}
-        self._found: dict[Raw | Inline, Receipt] = {}
+        self._found: dict[Raw | Inline | Scattered, Receipt] = {}
 
     def taken(self, results: Mapping[int, Sequence[Result]]) -> Receipts:
         """Take what `engine.run` returned for the tasks, and return this."""
@@ -50,7 +51,7 @@ class Receipts:
             task = self._tasks[i]
             if isinstance(task, Fold):
                 self._take(task, task.to, parts)
-            elif isinstance(task, Split) and task.v is not None and engine.outcome_of(parts) == RowCounts(0, 0):
+            elif isinstance(task, Split) and engine.outcome_of(parts) == RowCounts(0, 0):
                 split = [part for part in parts if isinstance(part, SplitPart)]
                 self._take(task, task.g, [part.g for part in split])
                 self._take(task, task.v, [part.v for part in split])
@@ -104,9 +105,9 @@ class Receipts:
         form = task.g_dtype, g_shape(weight.shape, task.axis, task.groups)
         return [g, v] if _form(pair.g) == form else None
 
-    def _take(self, task: Fold | Split, to: Place, parts: Sequence[Result]) -> None:
+    def _take(self, task: Fold | Split, to: Target | None, parts: Sequence[Result]) -> None:
         sums = [part for part in parts if isinstance(part, Sum)]
-        if sums and len(sums) == len(parts):
+        if isinstance(to, Place) and sums and len(sums) == len(parts):
             written = work.whole(sums)
             raw = Raw(to.path, to.start, written.size)
             self._found[raw] = Receipt(task, raw, written.crc)
@@ -122,6 +123,8 @@ def _sources(task: Task) -> Iterator[Path]:
     for tensor in stored:
         if isinstance(tensor.raw, Raw):
             yield tensor.raw.path
+        elif isinstance(tensor.raw, Scattered):
+            yield from (raw.path for _, raw in tensor.raw.parts)
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

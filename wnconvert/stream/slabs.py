@@ -35,7 +35,8 @@ def split(task: Split, slab: Slab, space: Workspace) -> Tensor:
     lengths = _norms(task.weight, slab, space)
     dtype = torch_dtype(task.weight.dtype)
     g, changed = weightnorm.magnitudes(lengths, torch_dtype(task.g_dtype), dtype, slab.row)
-    space.write(task.g, slab.row, g)
+    if task.g is not None:
+        space.write(task.g, slab.row, g)
     if task.v is not None:
         replaced = Directions(task.name, changed + slab.row, lengths[changed], slab.columns)
         for at, values in parts(task.weight, slab, space, "v"):

@@ -16,7 +16,20 @@ from wnconvert.files.raw import Raw
 from wnconvert.sites import g_shape, pair_axis
 from wnconvert.stream import pieces, slabs
 from wnconvert.stream.pieces import Run, Slab
-from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Place, Put, Split, Stored, Task
+from wnconvert.stream.plan import (
+    Checksum,
+    Compare,
+    Copy,
+    Fold,
+    Pair,
+    Place,
+    Put,
+    Split,
+    Stored,
+    Target,
+    Task,
+    Window,
+)
 from wnconvert.stream.workspace import COPY, Workspace, memory_of, torch_dtype
 
 
@@ -57,15 +70,24 @@ def units(task: Task) -> Iterator[Unit]:
     elif isinstance(task, Split):
         stored = task.weight
         for piece in pieces.cut(stored.shape, task.axis, task.groups, _itemsize(stored)):
-            yield piece.size * _itemsize(stored), functools.partial(_split, task, piece)
+            if _wanted(task.v, piece):
+                yield piece.size * _itemsize(stored), functools.partial(_split, task, piece)
     elif isinstance(task, Fold):
         for piece in pieces_of(task.pair):
-            yield piece.size * _itemsize(task.pair.v), functools.partial(_fold, task, piece)
+            if _wanted(task.to, piece):
+                yield piece.size * _itemsize(task.pair.v), functools.partial(_fold, task, piece)
     elif isinstance(task, Checksum):
         for source in _blocks(task.source):
             yield source.size, functools.partial(_checksum, source)
     else:
         yield from _comparisons(task)
+
+
+def _wanted(to: Target | None, piece: Run | Slab) -> bool:
+    """Whether any of a piece is to be written. What a slab has is spread over the tensor."""
+    if not isinstance(to, Window) or isinstance(piece, Slab):
+        return True
+    return any(to.box.stretches(piece.start, piece.start + piece.size))
 
 
 def _put(task: Put, space: Workspace) -> None:
@@ -140,7 +162,8 @@ def _split(task: Split, piece: Run | Slab, space: Workspace) -> SplitPart:
                 overwrite=True,
                 scratch=space.scratch,
             )
-            space.write(task.g, piece.row, g)
+            if task.g is not None:
+                space.write(task.g, piece.row, g)
             if task.v is not None:
                 space.write(task.v, piece.start, v)
                 sums = _sum_of(g), _sum_of(v)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from wnconvert import weightnorm
-from wnconvert.files.raw import Inline, Raw
+from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.stream.fileio import Files
-from wnconvert.stream.plan import Place, Stored
+from wnconvert.stream.plan import Kept, Place, Stored, Target
 
 COPY = 8 << 20
 """Bytes copied or compared at a time."""
@@ -46,26 +46,49 @@ class Workspace:
         data = self.read_bytes(role, stored.raw, first * dtype.itemsize, math.prod(shape) * dtype.itemsize)
         return data.view(dtype).view(shape)
 
-    def read_bytes(self, role: str, raw: Raw | Inline, start: int, size: int) -> Tensor:
+    def read_bytes(self, role: str, raw: Raw | Inline | Scattered, start: int, size: int) -> Tensor:
         """Bytes of a stored tensor from `start` on, in the buffer for this role."""
         data = self.buffer(role, size)
         self.fill(memory_of(data), raw, start)
         return data
 
-    def fill(self, target: memoryview, raw: Raw | Inline, start: int = 0) -> None:
+    def fill(self, target: memoryview, raw: Raw | Inline | Scattered, start: int = 0) -> None:
         """Read bytes of a stored tensor from `start` on, as many as there is room for."""
         if isinstance(raw, Inline):
             target[:] = raw.data[start : start + target.nbytes]
+        elif isinstance(raw, Scattered):
+            for part, places in raw.shares(start, target.nbytes):
+                self._fill(target, part, places)
         elif target.nbytes:
             self.files.read(raw.path, raw.start + start, target)
 
-    def write(self, to: Place, first: int, values: Tensor) -> None:
-        """Write contiguous values at element number `first` of the tensor that starts at a place."""
-        self.files.write(to.path, to.start + first * values.element_size(), memory_of(values))
+    def write(self, to: Target, first: int, values: Tensor) -> None:
+        """Write contiguous values at element number `first` of the tensor that goes there."""
+        size, data = values.element_size(), memory_of(values)
+        if isinstance(to, Kept):
+            to.data[first * size : first * size + data.nbytes] = data
+        elif isinstance(to, Place):
+            self.files.write(to.path, to.start + first * size, data)
+        else:
+            found = list(to.box.stretches(first, first + values.numel()))
+            if found:
+                part = b"".join(data[(at - first) * size : (at - first + count) * size] for at, _, count in found)
+                self.files.write(to.place.path, to.place.start + found[0][1] * size, memoryview(part))
 
     def copy(self, source: Raw, to: Place) -> None:
         """Copy bytes from file to file."""
         self.files.copy(source, to.path, to.start, memory_of(self.buffer("copy", min(COPY, source.size))))
+
+    def _fill(self, target: memoryview, part: Raw, places: list[slice]) -> None:
+        """Read a stretch of a file into places of `target`, by one call: rows of a part may be short."""
+        if len(places) == 1:
+            self.files.read(part.path, part.start, target[places[0]])
+            return
+        data = memory_of(self.buffer("part", part.size))
+        self.files.read(part.path, part.start, data)
+        for place in places:
+            size = place.stop - place.start
+            target[place], data = data[:size], data[size:]
 
 
 def _memory(size: int) -> Tensor:

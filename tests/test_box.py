@@ -1,0 +1,98 @@
+"""Tensors that are stored in parts, against torch's own slices."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wnconvert.files.box import Box
+from wnconvert.files.raw import Raw, Scattered
+from wnconvert.stream.fileio import Files, create
+from wnconvert.stream.plan import Kept, Place, Stored, Window
+from wnconvert.stream.workspace import Workspace
+
+
+@st.composite
+def cut_tensors(draw: Any) -> tuple[Tensor, list[Box]]:
+    """A tensor of numbers, and boxes that have each of its elements once."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    axes = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for n in shape]
+    edges = [list(itertools.pairwise(ends)) or [(0, 0)] for ends in axes]
+    boxes = [
+        Box(shape, tuple(low for low, _ in edge), tuple(high - low for low, high in edge))
+        for edge in itertools.product(*edges)
+    ]
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape), draw(st.permutations(boxes))
+
+
+def part_of(tensor: Tensor, box: Box) -> Tensor:
+    for axis, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(axis, offset, size)
+    return tensor
+
+
+@given(cut_tensors(), st.data())
+def test_stretches_are_what_a_slice_has(cut: tuple[Tensor, list[Box]], data: Any) -> None:
+    tensor, boxes = cut
+    start = data.draw(st.integers(0, tensor.numel()))
+    stop = data.draw(st.integers(start, tensor.numel()))
+    seen = []
+    for box in boxes:
+        values, flat = part_of(tensor, box).reshape(-1), tensor.reshape(-1)
+        follows = None
+        for element, inside, count in box.stretches(start, stop):
+            assert count > 0
+            assert follows in (None, inside)
+            follows = inside + count
+            assert torch.equal(values[inside : inside + count], flat[element : element + count])
+            seen += range(element, element + count)
+    assert sorted(seen) == list(range(start, stop))
+
+
+@given(cut_tensors(), st.data())
+def test_any_bytes_of_a_tensor_in_parts_can_be_read(
+    tmp_path_factory: Any, cut: tuple[Tensor, list[Box]], data: Any
+) -> None:
+    tensor, boxes = cut
+    path = tmp_path_factory.mktemp("parts") / "data"
+    parts = []
+    with path.open("wb") as file:
+        for box in boxes:
+            file.write(b"between")
+            content = part_of(tensor, box).contiguous().numpy().tobytes()
+            parts.append((box, Raw(path, file.tell(), len(content))))
+            file.write(content)
+    stored = Scattered(tuple(parts), 4, tensor.nbytes)
+    start = 4 * data.draw(st.integers(0, tensor.numel()))
+    size = 4 * data.draw(st.integers(0, tensor.numel() - start // 4))
+    with Files() as files:
+        found = Workspace(files).read_bytes("v", stored, start, size)
+        whole = Workspace(files).read("v", Stored(stored, "int32", tuple(tensor.shape)), 0, tuple(tensor.shape))
+        assert torch.equal(whole, tensor)
+    assert found.numpy().tobytes() == tensor.numpy().tobytes()[start : start + size]
+
+
+@given(cut_tensors(), st.integers(1, 7))
+def test_of_what_is_written_to_a_window_the_part_is_kept(
+    tmp_path_factory: Any, cut: tuple[Tensor, list[Box]], step: int
+) -> None:
+    tensor, boxes = cut
+    path: Path = tmp_path_factory.mktemp("parts") / "data"
+    kept = Kept(bytearray(tensor.nbytes))
+    for box in boxes:
+        expected = b"\0" * 5 + part_of(tensor, box).contiguous().numpy().tobytes() + b"\0" * 3
+        create(path, len(expected))
+        with Files() as files:
+            space = Workspace(files)
+            for first in range(0, tensor.numel(), step):
+                values = tensor.reshape(-1)[first : first + step].clone()
+                space.write(Window(Place(path, 5), box), first, values)
+                space.write(kept, first, values)
+        assert path.read_bytes() == expected
+    assert kept.data == tensor.numpy().tobytes()
