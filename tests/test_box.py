@@ -14,7 +14,7 @@ from torch import Tensor
 from wnconvert.files.box import Box
 from wnconvert.files.raw import Raw, Scattered
 from wnconvert.stream.fileio import Files, create
-from wnconvert.stream.plan import Kept, Place, Stored, Window
+from wnconvert.stream.plan import Kept, PartPlace, Place, Stored
 from wnconvert.stream.workspace import Workspace
 
 
@@ -56,7 +56,7 @@ def test_stretches_are_what_a_slice_has(cut: tuple[Tensor, list[Box]], data: Any
 
 
 @given(cut_tensors(), st.data())
-def test_any_bytes_of_a_tensor_in_parts_can_be_read(
+def test_any_elements_of_a_tensor_in_parts_can_be_read(
     tmp_path_factory: Any, cut: tuple[Tensor, list[Box]], data: Any
 ) -> None:
     tensor, boxes = cut
@@ -79,7 +79,7 @@ def test_any_bytes_of_a_tensor_in_parts_can_be_read(
 
 
 @given(cut_tensors(), st.integers(1, 7))
-def test_of_what_is_written_to_a_window_the_part_is_kept(
+def test_of_what_is_written_only_the_part_is_kept(
     tmp_path_factory: Any, cut: tuple[Tensor, list[Box]], step: int
 ) -> None:
     tensor, boxes = cut
@@ -92,7 +92,7 @@ def test_of_what_is_written_to_a_window_the_part_is_kept(
             space = Workspace(files)
             for first in range(0, tensor.numel(), step):
                 values = tensor.reshape(-1)[first : first + step].clone()
-                space.write(Window(Place(path, 5), box), first, values)
+                space.write(PartPlace(Place(path, 5), box), first, values)
                 space.write(kept, first, values)
         assert path.read_bytes() == expected
     assert kept.data == tensor.numpy().tobytes()

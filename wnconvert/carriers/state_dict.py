@@ -142,7 +142,7 @@ class StateDictCarrier:
     def defer_split(self, site: Site, scheme: Scheme) -> bool:
         """See `DeferringCarrier.defer_split`."""
         olds = [self._entry(name) for name in (site.name, *site.tied)]
-        if not self._streamed or site.dtype not in _SPLITTABLE or any(old.raw is None for old in olds):
+        if not self._streamed or site.dtype not in _SPLITTABLE or any(old.stored is None for old in olds):
             return False
         self._deferred[site.name] = [(old, names.spell(old.name, scheme)[0]) for old in olds]
         split = _Split(olds[0].load, site)
@@ -156,9 +156,7 @@ class StateDictCarrier:
                 shape = site.g_shape if part == "g" else old.shape
                 load = functools.partial(split, part)
                 alias = old.alias and (part, old.alias)
-                halves.append(
-                    dataclasses.replace(old, name=key, shape=shape, load=load, raw=None, alias=alias, made=made)
-                )
+                halves.append(old.changed(name=key, shape=shape, load=load, alias=alias, made=made))
             self._replace(old.name, halves)
         return True
 
@@ -192,7 +190,7 @@ class StateDictCarrier:
             return
         for old, g_name in self._deferred[name]:
             magnitude, direction = self._slots[self._slot_of[g_name]]
-            self._replace(g_name, [dataclasses.replace(magnitude, load=_holding(g), made=None)])
+            self._replace(g_name, [magnitude.changed(load=_holding(g))])
             if outcome == RowCounts(0, 0):
                 self._replace(direction.name, [dataclasses.replace(old, name=direction.name)])
 
@@ -204,14 +202,12 @@ class StateDictCarrier:
         for name in (site.name, *site.tied):
             old = self._entry(name)
             g_name, v_name = names.spell(name, scheme)
-            own = dataclasses.replace(old, raw=None, made=None)
-            magnitude = dataclasses.replace(
-                own, name=g_name, shape=tuple(g.shape), load=load_g, alias=old.alias and ("g", old.alias)
-            )
+            alias = old.alias and ("g", old.alias)
+            magnitude = old.changed(name=g_name, shape=tuple(g.shape), load=load_g, alias=alias)
             direction = dataclasses.replace(old, name=v_name)
             if not unchanged:
                 alias = old.alias and ("v", old.alias)
-                direction = dataclasses.replace(own, name=v_name, load=load_v, alias=alias)
+                direction = old.changed(name=v_name, load=load_v, alias=alias)
             self._replace(name, [magnitude, direction])
 
     def defer_fold(self, site: Site) -> bool:
@@ -256,7 +252,7 @@ class StateDictCarrier:
         """Put a weight in the place of a pair."""
         g, v = halves.g, halves.v
         alias = v.alias and ("w", v.alias)
-        folded = dataclasses.replace(v, name=name, load=load, raw=None, alias=alias, made=made)
+        folded = v.changed(name=name, load=load, alias=alias, made=made)
         first, second = g, v
         # In another container than v, g cannot stand for the weight: the bulk of the data stays where it was.
         if g.home != v.home or self._position(v) < self._position(g):

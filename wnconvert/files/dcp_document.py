@@ -115,7 +115,7 @@ class DcpDocument(FolderDocument):
                     load=functools.partial(self._items.read, name),
                     prefix="".join(f"{part}." for part in path[:-1]),
                     home=path[:-1],
-                    raw=self._items.worth_streaming(name),
+                    locate=functools.partial(self._items.place, name),
                     fixed=not isinstance(path[-1], str),
                 )
 

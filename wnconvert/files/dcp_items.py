@@ -62,6 +62,7 @@ class Items:
         self.folder = folder
         self._metadata = metadata
         self._maps: dict[str, FileMap] = {}
+        self._places: dict[str, Raw | Scattered | None] = {}
 
     def parts(self, name: str) -> list[Part]:
         """Every stored part of a tensor, in the order of its description."""
@@ -152,11 +153,16 @@ class Items:
                 return Stored(inner, entry.dtype, (rows.stop - rows.start, *entry.shape[1:]))
         return None
 
-    def worth_streaming(self, name: str) -> Raw | Scattered | None:
+    def place(self, name: str) -> Raw | Scattered | None:
         """Where a tensor is, if it is large, or the magnitude of one that is.
 
         To know that, its items must be opened, which takes longer than to read small ones.
         """
+        if name not in self._places:
+            self._places[name] = self._find_place(name)
+        return self._places[name]
+
+    def _find_place(self, name: str) -> Raw | Scattered | None:
         parts, described = self.parts(name), self.described(name)
         half = names.plain_name(name)
         itemsize = described.properties.dtype.itemsize

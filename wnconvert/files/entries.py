@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wnconvert.files.raw import Raw, Scattered
 from wnconvert.stream.plan import Half, Pair, Stored
@@ -29,6 +29,7 @@ class Entry:
         alias: equal for two names of the same tensor; None where the format cannot say so.
         requires_grad: of an `nn.Parameter`; None for a plain tensor.
         raw: where its bytes are, while they are those of the input.
+        locate: finds `raw`, in formats where that takes long.
         overlaps: another tensor that holds some of its elements in another form (transposed, a slice), or None.
         made: what its bytes are made of where the engine makes them; None where `load` does.
         fixed: it has no name of its own (an element of a list), so it cannot become two tensors.
@@ -43,6 +44,7 @@ class Entry:
     alias: Hashable = None
     requires_grad: bool | None = None
     raw: Raw | Scattered | None = None
+    locate: Callable[[], Raw | Scattered | None] | None = None
     overlaps: str | None = None
     made: Pair | Half | None = None
     fixed: bool = False
@@ -50,7 +52,12 @@ class Entry:
     @property
     def stored(self) -> Stored | None:
         """Where it lies in a file, while it is that of the input."""
-        return None if self.raw is None else Stored(self.raw, self.dtype, self.shape)
+        raw = self.locate() if self.locate else self.raw
+        return None if raw is None else Stored(raw, self.dtype, self.shape)
+
+    def changed(self, *, made: Pair | Half | None = None, **others: Any) -> Entry:
+        """The entry with other values than those of the input."""
+        return dataclasses.replace(self, raw=None, locate=None, made=made, **others)
 
     @property
     def key(self) -> str:

@@ -17,7 +17,7 @@ from wnconvert.files.torch_skeleton import Hole, Skeleton
 from wnconvert.files.written import Outcomes, Written, refused
 from wnconvert.sites import RowCounts
 from wnconvert.stream import engine
-from wnconvert.stream.plan import Copy, Fold, Half, Pair, Place, Split, Task, Window
+from wnconvert.stream.plan import Copy, Fold, Half, Pair, PartPlace, Place, Split, Task
 from wnconvert.stream.receipts import Receipts
 from wnconvert.watch import Watcher
 
@@ -127,10 +127,10 @@ class Filling:
 
 
 def _part_of(content: PartOf, place: Place) -> Task:
-    made, window = content.made, Window(place, content.box)
+    made, target = content.made, PartPlace(place, content.box)
     if isinstance(made, Pair):
-        return Fold(made, window)
-    return Split(made.name, made.weight, made.axis, made.groups, made.weight.dtype, None, window)
+        return Fold(made, target)
+    return Split(made.name, made.weight, made.axis, made.groups, made.weight.dtype, None, target)
 
 
 def _flat(held: Held) -> memoryview[int]:

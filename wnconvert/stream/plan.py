@@ -84,7 +84,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Window:
+class PartPlace:
     """A position in an output file for a part of a tensor. The rest of it is not written.
 
     Attributes:
@@ -103,7 +103,7 @@ class Kept:
     data: bytearray
 
 
-Target: TypeAlias = Place | Window | Kept
+Target: TypeAlias = Place | PartPlace | Kept
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Fold:
     """Multiply a pair and write the weight."""
 
     pair: Pair
-    to: Place | Window
+    to: Place | PartPlace
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Split:
     groups: int
     g_dtype: str
     g: Place | Kept | None
-    v: Place | Window | None
+    v: Place | PartPlace | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,13 +22,13 @@ from wnconvert.stream.plan import (
     Copy,
     Fold,
     Pair,
+    PartPlace,
     Place,
     Put,
     Split,
     Stored,
     Target,
     Task,
-    Window,
 )
 from wnconvert.stream.workspace import COPY, Workspace, memory_of, torch_dtype
 
@@ -85,7 +85,7 @@ def units(task: Task) -> Iterator[Unit]:
 
 def _wanted(to: Target | None, piece: Run | Slab) -> bool:
     """Whether any of a piece is to be written. What a slab has is spread over the tensor."""
-    if not isinstance(to, Window) or isinstance(piece, Slab):
+    if not isinstance(to, PartPlace) or isinstance(piece, Slab):
         return True
     return any(to.box.stretches(piece.start, piece.start + piece.size))
 
