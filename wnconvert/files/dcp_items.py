@@ -62,15 +62,20 @@ class Items:
         self.folder = folder
         self._metadata = metadata
         self._maps: dict[str, FileMap] = {}
+        self._parts: dict[str, list[Part]] = {}
+        # Opening an item takes longer than to copy a small one.
+        self._raws: dict[tuple[str, int], Raw | None] = {}
         self._places: dict[str, Raw | Scattered | None] = {}
 
-    def parts(self, name: str) -> list[Part]:
+    def parts(self, name: str) -> Sequence[Part]:
         """Every stored part of a tensor, in the order of its description."""
-        chunks = self.described(name).chunks
-        return [
-            Part(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
-            for chunk, (_, info) in zip(chunks, self.infos(name), strict=True)
-        ]
+        if name not in self._parts:
+            chunks = self.described(name).chunks
+            self._parts[name] = [
+                Part(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
+                for chunk, (_, info) in zip(chunks, self.infos(name), strict=True)
+            ]
+        return self._parts[name]
 
     def infos(self, name: str) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
         """Every stored item of a name, be it a tensor or not."""
@@ -114,6 +119,12 @@ class Items:
 
     def raw(self, name: str, part: Part) -> Raw | None:
         """Where the values of a part are, in their logical order; None if they are not in the file like that."""
+        at = part.file, part.start
+        if at not in self._raws:
+            self._raws[at] = self._find_raw(name, part)
+        return self._raws[at]
+
+    def _find_raw(self, name: str, part: Part) -> Raw | None:
         value = self.part(name, part)
         start = self._map(part.file).offset(value.data_ptr())
         if start is None or not value.is_contiguous():

@@ -40,7 +40,8 @@ class Scattered:
         size: number of bytes of the whole.
     """
 
-    parts: tuple[tuple[Box, Raw], ...]
+    # The files and what describes them say it all: a list of many parts with each of them takes long to write.
+    parts: tuple[tuple[Box, Raw], ...] = dataclasses.field(repr=False)
     itemsize: int
     size: int
 
