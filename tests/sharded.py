@@ -101,7 +101,9 @@ def save_in_parts(folder: Path, tensors: dict[str, Tensor], count: int, axis: in
         along = min(axis, tensor.dim() - 1)
         step = -(-tensor.shape[along] // count)
         chunks = []
-        for i, first in enumerate(range(0, tensor.shape[along], step)):
+        for i in range(count):
+            # The last ones may have nothing, and say so.
+            first = min(i * step, tensor.shape[along])
             part = tensor.narrow(along, first, min(step, tensor.shape[along] - first)).clone()
             offsets = torch.Size(first if d == along else 0 for d in range(tensor.dim()))
             chunks.append(ChunkStorageMetadata(offsets, part.shape))

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from wnconvert.files.box import Box
 from wnconvert.files.raw import Raw, Scattered
+from wnconvert.stream import engine, work
 from wnconvert.stream.fileio import Files, create
-from wnconvert.stream.plan import Kept, PartPlace, Place, Stored
+from wnconvert.stream.plan import Kept, PartPlace, Place, Split, Stored
 from wnconvert.stream.workspace import Workspace
 
 
@@ -96,3 +98,24 @@ def test_of_what_is_written_only_the_part_is_kept(
                 space.write(kept, first, values)
         assert path.read_bytes() == expected
     assert kept.data == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_progress_ends_at_the_whole(axis: int, tmp_path: Path) -> None:
+    weight = torch.randn(9000, 512)
+    weight.numpy().tofile(tmp_path / "in")
+    offsets, sizes = ((6000, 0), (3000, 512)) if axis == 0 else ((0, 100), (9000, 10))
+    part = PartPlace(Place(tmp_path / "out", 0), Box((9000, 512), offsets, sizes))
+    create(tmp_path / "out", 4 * sizes[0] * sizes[1])
+    stored = Stored(Raw(tmp_path / "in", 0, weight.nbytes), "float32", (9000, 512))
+    tasks = [Split("w", stored, 0, 1, "float32", None, part)]
+
+    results = engine.run(tasks)
+
+    pieces = list(work.units(tasks[0]))
+    assert engine.size(tasks) == sum(size for size, _ in pieces)
+    assert (engine.size(tasks) < weight.nbytes) == (axis == 0)
+    assert len(results[0]) == len(pieces)
+    assert torch.equal(
+        torch.from_file(str(tmp_path / "out"), size=sizes[0] * sizes[1]), part_of(weight, part.box).reshape(-1)
+    )

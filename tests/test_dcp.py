@@ -17,16 +17,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.checkpoints import assert_same_contents
 from tests.sharded import contents, on_ranks, save_in_parts
-from wnconvert import compare, files, jobs, weightnorm
+from wnconvert import compare, convert, files, jobs, weightnorm
 from wnconvert.bits import same
 from wnconvert.errors import InputError
-from wnconvert.files import ReadOptions, dcp_items
+from wnconvert.files import ReadOptions, dcp_items, dcp_split
 from wnconvert.jobs import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -192,19 +193,20 @@ def test_tensors_in_several_parts(axis: int, tmp_path: Path) -> None:
     assert before.chunks == after.chunks
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+# Of 31 rows, the last of 7 processes has none.
+@pytest.mark.parametrize(("axis", "count", "rows", "columns"), [(0, 3, 600, 512), (1, 3, 600, 512), (0, 7, 31, 9000)])
 def test_what_is_stored_in_parts_is_never_held_whole(
-    axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    axis: int, count: int, rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    plain = {f"{name}.proj.weight": torch.randn(600, 512) for name in ("ordinary", "zero", "tiny", "bad")}
+    plain = {f"{name}.proj.weight": torch.randn(rows, columns) for name in ("ordinary", "zero", "tiny", "bad")}
     plain["zero.proj.weight"][5] = 0
     plain["tiny.proj.weight"][7] *= 1e-38
     plain["bad.proj.weight"][8, 9] = torch.nan
-    pairs = {"pair.weight_g": torch.rand(600, 1), "pair.weight_v": torch.randn(600, 512)}
-    others = {"pair.bias": torch.randn(600), "buffer": torch.randn(600, 512)}
+    pairs = {"pair.weight_g": torch.rand(rows, 1), "pair.weight_v": torch.randn(rows, columns)}
+    others = {"pair.bias": torch.randn(rows), "buffer": torch.randn(rows, columns)}
     (tmp_path / "in").mkdir()
-    save_in_parts(tmp_path / "in", plain | pairs | others, 3, axis)
+    save_in_parts(tmp_path / "in", plain | pairs | others, count, axis)
 
     read = dcp_items.Items.read
 
@@ -237,7 +239,86 @@ def test_what_is_stored_in_parts_is_never_held_whole(
         metadata = dcp.FileSystemReader(tmp_path / name).read_metadata()
         assert {
             len(of.chunks) for key, of in metadata.state_dict_metadata.items() if key.endswith(("weight", "_v"))
-        } == {3}
+        } == {count}
+
+
+def test_one_part_is_the_whole_and_the_others_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_in_parts(tmp_path / "in", {"a.proj.weight": torch.zeros(1, 300_000)}, 3, 0)
+
+    report = _run("apply", tmp_path / "in", tmp_path / "split")
+    _run("fold", tmp_path / "split", tmp_path / "folded")
+
+    assert [row.zero_rows for row in report.rows] == [1]
+    split = _contents(tmp_path / "split")["model"]
+    g, v = weightnorm.split(torch.zeros(1, 300_000), 0, name="model.a.proj.weight")
+    assert same(split["a.proj.weight_g"], g)
+    assert same(split["a.proj.weight_v"], v)
+    assert not _contents(tmp_path / "folded")["model"]["a.proj.weight"].any()
+
+
+def test_a_weight_in_parts_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(600, 512)
+    weight[599] = 0
+    (tmp_path / "in").mkdir()
+    save_in_parts(tmp_path / "in", {"a.proj.weight": weight}, 2, 0)
+    split = dcp_split.split
+
+    def then_spoil(carrier: Any, *given: Any) -> None:
+        (g,) = [entry for entry in carrier.entries() if entry.name.endswith("_g")]
+        split(carrier, *given)
+        (_, raw), *_ = g.made.weight.raw.parts
+        content = bytearray(raw.path.read_bytes())
+        content[raw.start : raw.start + 4] = b"\xff\xff\xff\xff"
+        raw.path.write_bytes(content)
+
+    monkeypatch.setattr(dcp_split, "split", then_spoil)
+    with pytest.raises(InputError, match="changed while"):
+        jobs.convert_file(tmp_path / "in", tmp_path / "out", Job("apply"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_verbs_after_one_another_on_one_open_folder(count: int, tmp_path: Path) -> None:
+    g, v = torch.rand(600, 1), torch.randn(600, 512)
+    (tmp_path / "in").mkdir()
+    save_in_parts(tmp_path / "in", {"a.proj.weight_g": g, "a.proj.weight_v": v}, count, 0)
+    opened = files.read(tmp_path / "in")
+
+    convert.fold(opened.carrier)
+    convert.apply(opened.carrier)
+    opened.save(tmp_path, "out")
+
+    expected_g, expected_v = weightnorm.split(weightnorm.fold(g, v), 0)
+    found = _contents(tmp_path / "out")["model"]
+    assert same(found["a.proj.weight_g"], expected_g)
+    assert same(found["a.proj.weight_v"], expected_v)
+
+
+def _twice(folder: Path) -> None:
+    _change_part(folder, 1, torch.Size([0, 0]))
+
+
+def _before(folder: Path) -> None:
+    _change_part(folder, 1, torch.Size([300, -512]))
+
+
+def _change_part(folder: Path, number: int, offsets: torch.Size) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    chunk = metadata.state_dict_metadata["model.a.proj.weight"].chunks[number]
+    metadata.storage_data[MetadataIndex("model.a.proj.weight", offsets, number)] = metadata.storage_data.pop(
+        MetadataIndex("model.a.proj.weight", chunk.offsets, number)
+    )
+    chunk.offsets = offsets
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(("change", "said"), [(_twice, "begin at one place"), (_before, "lies outside it")])
+def test_parts_that_are_not_a_tensor(change: Any, said: str, tmp_path: Path) -> None:
+    save_in_parts(tmp_path, {"a.proj.weight": torch.randn(600, 512)}, 2, 0)
+    change(tmp_path)
+    with pytest.raises(InputError, match=said):
+        files.read(tmp_path)
 
 
 class _Evil:

@@ -101,6 +101,10 @@ class DcpDocument(FolderDocument):
             settled |= written.outcomes
             if not refused(written.outcomes):
                 return dataclasses.replace(written, outcomes=settled)
+            known = self.carrier.outcomes()
+            if any(isinstance(found, str) and known[name] != found for name, found in written.outcomes.items()):
+                # The magnitudes of a weight in parts are found before, and it could be split then.
+                raise InputError(f"{self._folder}: changed while it was converted")
             # Which weights can be split shows when their values are read: once more where one could not.
             records = self._plan().files[file]
 

@@ -44,9 +44,14 @@ class Part:
     start: int
     length: int
 
-    def box(self, shape: Sequence[int]) -> Box:
+    @property
+    def empty(self) -> bool:
+        """Whether it has no element: a process may have no part of a short axis."""
+        return not math.prod(self.sizes)
+
+    def box(self, shape: tuple[int, ...]) -> Box:
         """Which elements it has of a tensor of this shape."""
-        return Box(tuple(shape), self.offsets, self.sizes)
+        return Box(shape, self.offsets, self.sizes)
 
     def within(self, whole: Tensor) -> Tensor:
         """The view of the whole tensor that this part is."""
@@ -64,7 +69,7 @@ class Items:
         self._maps: dict[str, FileMap] = {}
         self._parts: dict[str, list[Part]] = {}
         # Opening an item takes longer than to copy a small one.
-        self._raws: dict[tuple[str, int], Raw | None] = {}
+        self._raws: dict[tuple[str, str, int], Raw | None] = {}
         self._places: dict[str, Raw | Scattered | None] = {}
 
     def parts(self, name: str) -> Sequence[Part]:
@@ -119,17 +124,16 @@ class Items:
 
     def raw(self, name: str, part: Part) -> Raw | None:
         """Where the values of a part are, in their logical order; None if they are not in the file like that."""
-        at = part.file, part.start
+        at = name, part.file, part.start
         if at not in self._raws:
             self._raws[at] = self._find_raw(name, part)
         return self._raws[at]
 
     def _find_raw(self, name: str, part: Part) -> Raw | None:
         value = self.part(name, part)
-        start = self._map(part.file).offset(value.data_ptr())
-        if start is None or not value.is_contiguous():
-            return None
-        return Raw(self.folder / part.file, start, value.nbytes)
+        mapped = self._map(part.file)
+        start = mapped.offset(value.data_ptr())
+        return Raw(mapped.path, start, value.nbytes) if start is not None and value.is_contiguous() else None
 
     def pair(self, name: str, g: Entry, v: Entry, part: Part) -> Pair | None:
         """The pair that makes a part of a weight, which is stored as the same part of `v` is.
@@ -174,14 +178,14 @@ class Items:
         return self._places[name]
 
     def _find_place(self, name: str) -> Raw | Scattered | None:
-        parts, described = self.parts(name), self.described(name)
-        half = names.plain_name(name)
+        parts, described = [part for part in self.parts(name) if not part.empty], self.described(name)
+        half, shape = names.plain_name(name), tuple(described.size)
         itemsize = described.properties.dtype.itemsize
-        size = math.prod(described.size) * itemsize
+        size = math.prod(shape) * itemsize
         if not size or (size < _LARGE and not (half and half[2] == "g")):
             return None
         raws = [self.raw(name, part) for part in parts]
-        stored = tuple((part.box(described.size), raw) for part, raw in zip(parts, raws, strict=True) if raw)
+        stored = tuple((part.box(shape), raw) for part, raw in zip(parts, raws, strict=True) if raw)
         if len(stored) != len(parts):
             return None
         return stored[0][1] if len(parts) == 1 else Scattered(stored, itemsize, size)

@@ -59,6 +59,8 @@ class Converted:
 
     def load(self) -> Tensor:
         """Its values."""
+        if self.part.empty:
+            return torch.empty(self.part.sizes, dtype=getattr(torch, self.entry.dtype))
         return self.part.within(self.entry.load())
 
 
@@ -152,11 +154,14 @@ class Plan:
         self._describe(entry.name, TensorStorageMetadata(properties, torch.Size(entry.shape), chunks), path)
         halves = self._halves(entry.name)
         for i, (part, *_) in enumerate(groups):
-            made: Pair | Half | PartOf | None = self._source.items.pair(entry.name, *halves, part) if halves else None
-            if made is None and entry.made is not None:
-                made = entry.made if part.sizes == entry.shape else PartOf(entry.made, part.box(entry.shape))
-            converted = Converted(entry, part, made)
+            converted = Converted(entry, part, None if part.empty else self._made(entry, part, halves))
             yield Record(MetadataIndex(entry.name, part.offsets, i), part.file, part.start, converted)
+
+    def _made(self, entry: Entry, part: Part, halves: tuple[Entry, Entry] | None) -> Pair | Half | PartOf | None:
+        pair = self._source.items.pair(entry.name, *halves, part) if halves else None
+        if pair is not None or entry.made is None:
+            return pair
+        return entry.made if part.sizes == entry.shape else PartOf(entry.made, part.box(entry.shape))
 
     def _halves(self, name: str) -> tuple[Entry, Entry] | None:
         """The magnitude and direction that the input has for a plain weight."""
@@ -168,4 +173,7 @@ class Plan:
 
     def _template(self, entry: Entry) -> Entry:
         """The tensor of the input that a converted one comes from."""
-        return next(self._before[name] for name in names.sources(entry.name) if name in self._before)
+        half = names.plain_name(entry.name)
+        # What was folded and split again on one open file comes from another direction.
+        found = [*names.sources(entry.name), *(names.sources(half[0]) if half else ())]
+        return next(self._before[name] for name in found if name in self._before)

@@ -23,7 +23,20 @@ from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.sites import Axis, RowCounts, kept_axes
 from wnconvert.stream import pieces, work
 from wnconvert.stream.pieces import RUN, Run
-from wnconvert.stream.plan import Checksum, Compare, Copy, Fold, Pair, Place, Put, Split, Stored, Target, Task
+from wnconvert.stream.plan import (
+    Checksum,
+    Compare,
+    Copy,
+    Fold,
+    Pair,
+    PartPlace,
+    Place,
+    Put,
+    Split,
+    Stored,
+    Target,
+    Task,
+)
 from wnconvert.stream.work import Result, SplitPart
 from wnconvert.stream.workspace import Workspace, memory_of, torch_dtype
 
@@ -70,6 +83,8 @@ def size(task: Task) -> int:
         return len(task.data)
     if isinstance(task, (Copy, Checksum)):
         return task.source.size
+    if isinstance(task.to if isinstance(task, Fold) else task.v if isinstance(task, Split) else None, PartPlace):
+        return sum(size for size, _ in work.units(task))
     return _elements(task) * _itemsize(task) * (2 if isinstance(task, Compare) else 1)
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from wnconvert import weightnorm
 from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.stream.fileio import Files
-from wnconvert.stream.plan import Kept, Place, Stored, Target
+from wnconvert.stream.plan import Kept, PartPlace, Place, Stored, Target
 
 COPY = 8 << 20
 """Bytes copied or compared at a time."""
+
+_IN_PARTS = 1 << 20
+"""Bytes of a tensor in parts at a time. Its rows may be so short that a list of them takes more than they do."""
 
 
 class Workspace:
@@ -57,8 +60,10 @@ class Workspace:
         if isinstance(raw, Inline):
             target[:] = raw.data[start : start + target.nbytes]
         elif isinstance(raw, Scattered):
-            for part, places in raw.shares(start, target.nbytes):
-                self._fill(target, part, places)
+            for first in range(0, target.nbytes, _IN_PARTS):
+                some = target[first : first + _IN_PARTS]
+                for part, places in raw.shares(start + first, some.nbytes):
+                    self._fill(some, part, places)
         elif target.nbytes:
             self.files.read(raw.path, raw.start + start, target)
 
@@ -70,10 +75,15 @@ class Workspace:
         elif isinstance(to, Place):
             self.files.write(to.path, to.start + first * size, data)
         else:
-            found = list(to.box.stretches(first, first + values.numel()))
-            if found:
-                part = b"".join(data[(at - first) * size : (at - first + count) * size] for at, _, count in found)
-                self.files.write(to.place.path, to.place.start + found[0][1] * size, memoryview(part))
+            for begin in range(0, data.nbytes, _IN_PARTS):
+                self._write_part(to, first * size + begin, data[begin : begin + _IN_PARTS], size)
+
+    def _write_part(self, to: PartPlace, start: int, data: memoryview, size: int) -> None:
+        """Write what a part has of the bytes of a tensor from `start` on, by one call: its rows may be short."""
+        found = list(to.box.stretches(start // size, (start + data.nbytes) // size))
+        if found:
+            part = b"".join(data[at * size - start : (at + count) * size - start] for at, _, count in found)
+            self.files.write(to.place.path, to.place.start + found[0][1] * size, memoryview(part))
 
     def copy(self, source: Raw, to: Place) -> None:
         """Copy bytes from file to file."""
