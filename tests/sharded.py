@@ -14,15 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
+from scripts.soak import parts
 from wnconvert.errors import WnconvertError
 from wnconvert.ranks import Ranks
 
@@ -95,30 +88,7 @@ def _dcp(folder: Path, shards: list[dict[str, Tensor]]) -> None:
 
 def save_in_parts(folder: Path, tensors: dict[str, Tensor], count: int, axis: int) -> None:
     """A folder as so many processes write it that have a part of each tensor, and a file each."""
-    described, stored, places = {}, {}, {}
-    sizes = [0] * count
-    for name, tensor in tensors.items():
-        along = min(axis, tensor.dim() - 1)
-        step = -(-tensor.shape[along] // count)
-        chunks = []
-        for i in range(count):
-            # The last ones may have nothing, and say so.
-            first = min(i * step, tensor.shape[along])
-            part = tensor.narrow(along, first, min(step, tensor.shape[along] - first)).clone()
-            offsets = torch.Size(first if d == along else 0 for d in range(tensor.dim()))
-            chunks.append(ChunkStorageMetadata(offsets, part.shape))
-            file = f"__{i}_0.distcp"
-            with (folder / file).open("ab") as writer:
-                torch.save(part, writer)
-                size = writer.tell() - sizes[i]
-            stored[MetadataIndex(f"model.{name}", offsets, len(chunks) - 1)] = _StorageInfo(file, sizes[i], size)
-            sizes[i] += size
-        described[f"model.{name}"] = TensorStorageMetadata(
-            TensorProperties.create_from_tensor(tensor), tensor.shape, chunks
-        )
-        places[f"model.{name}"] = ("model", name)
-    metadata = Metadata(described, places, stored)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    parts.write(folder, tensors, lambda tensor: parts.along(tensor, count, axis))
 
 
 def _dcp_in_parts(folder: Path, shards: list[dict[str, Tensor]]) -> None:

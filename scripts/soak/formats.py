@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from soak import made
+from soak import made, parts
 
 Contents = Mapping[str, Tensor]
 
@@ -75,6 +75,24 @@ def distributed(folder: Path, rng: random.Random) -> Path:
     return path
 
 
+def distributed_parts(folder: Path, rng: random.Random) -> Path:
+    """The same, with each tensor in several parts, cut along one axis or two."""
+    path = folder / "dcp"
+    path.mkdir()
+    state = {name: tensor for name, tensor in made.state(rng).items() if tensor.dim()}
+    parts.write(path, state, lambda tensor: _cut(tensor, rng))
+    return path
+
+
+def _cut(tensor: Tensor, rng: random.Random) -> list[parts.Part]:
+    axis = rng.randrange(tensor.dim())
+    found = parts.along(tensor, rng.randint(1, 4), axis)
+    if axis and rng.random() < 0.5:
+        rows = parts.along(tensor, rng.randint(1, 3), 0)
+        found = [([a[0], *b[0][1:]], [a[1], *b[1][1:]]) for a in ((o[0], s[0]) for o, s in rows) for b in found]
+    return list({tuple(offsets): (offsets, sizes) for offsets, sizes in reversed(found)}.values())
+
+
 def onnx_external(folder: Path, rng: random.Random) -> Path:
     """A chain of layers with external data, some of it inline."""
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -103,7 +121,15 @@ def onnx_external(folder: Path, rng: random.Random) -> Path:
     return path
 
 
-MAKERS = (safetensors, safetensors_sharded, torch_zip, torch_sharded, distributed, onnx_external)
+MAKERS = (
+    safetensors,
+    safetensors_sharded,
+    torch_zip,
+    torch_sharded,
+    distributed,
+    distributed_parts,
+    onnx_external,
+)
 REAL = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".onnx")
 
 
