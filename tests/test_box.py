@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from wnconvert.files.box import Box
 from wnconvert.files.raw import Raw, Scattered
-from wnconvert.stream import engine, work
+from wnconvert.stream import engine, shares, work
 from wnconvert.stream.fileio import Files, create
 from wnconvert.stream.plan import Kept, PartPlace, Place, Split, Stored
 from wnconvert.stream.workspace import Workspace
@@ -39,21 +40,29 @@ def part_of(tensor: Tensor, box: Box) -> Tensor:
     return tensor
 
 
+@pytest.fixture(params=[0, 64], ids=["each element by its index", "runs"], autouse=True, scope="module")
+def few(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shares, "_FEW", request.param)
+        yield
+
+
 @given(cut_tensors(), st.data())
-def test_stretches_are_what_a_slice_has(cut: tuple[Tensor, list[Box]], data: Any) -> None:
+def test_shares_are_what_a_slice_has(cut: tuple[Tensor, list[Box]], data: Any) -> None:
     tensor, boxes = cut
     start = data.draw(st.integers(0, tensor.numel()))
     stop = data.draw(st.integers(start, tensor.numel()))
     seen = []
     for box in boxes:
-        values, flat = part_of(tensor, box).reshape(-1), tensor.reshape(-1)
-        follows = None
-        for element, inside, count in box.stretches(start, stop):
-            assert count > 0
-            assert follows in (None, inside)
-            follows = inside + count
-            assert torch.equal(values[inside : inside + count], flat[element : element + count])
-            seen += range(element, element + count)
+        own = shares.share(box, start, stop)
+        if own is None:
+            continue
+        values, stretch = part_of(tensor, box).reshape(-1), tensor.reshape(-1)[start:stop]
+        found = [stretch[place] for place in own.places]
+        found = torch.cat(found) if isinstance(own.places, list) else torch.stack(found)
+        assert own.length > 0
+        assert torch.equal(values[own.first : own.first + own.length], found)
+        seen += found.tolist()
     assert sorted(seen) == list(range(start, stop))
 
 

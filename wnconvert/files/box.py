@@ -5,12 +5,17 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterator
+from typing import Any, TypeVar
+
+_Numbers = TypeVar("_Numbers", bound=Any)
+"""An integer, or an array of them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor.
+    """A part of a tensor. All counts of its elements are in row-major order.
+
+    What is side by side in the tensor from the last axis that is cut is a run: the part is one run after the other.
 
     Attributes:
         shape: of the tensor.
@@ -22,32 +27,33 @@ class Box:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield which of the elements `start..stop` of the tensor the part has. All counts are in row-major order.
+    @property
+    def run(self) -> int:
+        """Elements of a run."""
+        return math.prod(self.sizes[self._cut :])
 
-        In the part, each stretch follows the one before it.
+    def runs(self, start: int, stop: int) -> range:
+        """The numbers of the runs that reach into the elements `start..stop` of the tensor."""
+        length = self.run
+        every = range(math.prod(self.sizes[: self._cut]) if length and start < stop else 0)
+        first = bisect.bisect_right(every, start - length, key=self.place)
+        return every[first : bisect.bisect_left(every, stop, key=self.place)]
 
-        Yields:
-            The number of an element in the tensor, its number in the part, and how many follow one another in both.
-        """
-        # What is side by side in the part is side by side in the tensor from the last axis that is cut.
-        cut = max((i for i, whole in enumerate(self.shape) if self.sizes[i] != whole), default=0)
-        length = math.prod(self.sizes[cut:])
-        runs = range(math.prod(self.sizes[:cut]) if length and start < stop else 0)
-        for run in runs[bisect.bisect_right(runs, start - length, key=lambda run: self._place(run, cut)) :]:
-            place = self._place(run, cut)
-            if place >= stop:
-                return
-            low, high = max(place, start), min(place + length, stop)
-            yield low, run * length + low - place, high - low
-
-    def _place(self, run: int, cut: int) -> int:
-        """Number in the tensor of the first element of a run: of what is side by side."""
-        place, pitch = 0, math.prod(self.shape[cut:])
-        if cut < len(self.shape):
-            place = self.offsets[cut] * math.prod(self.shape[cut + 1 :])
+    def place(self, run: _Numbers) -> _Numbers:
+        """Number in the tensor of the first element of a run."""
+        cut = self._cut
+        number: Any = run
+        pitch = math.prod(self.shape[cut:])
+        place = number * 0 + (self.offsets[cut] * math.prod(self.shape[cut + 1 :]) if self.shape else 0)
         for axis in reversed(range(cut)):
-            run, index = divmod(run, self.sizes[axis])
-            place += (self.offsets[axis] + index) * pitch
+            index = number % self.sizes[axis]
+            number = number // self.sizes[axis]
+            place = place + (index + self.offsets[axis]) * pitch
             pitch *= self.shape[axis]
-        return place
+        numbers: _Numbers = place
+        return numbers
+
+    @property
+    def _cut(self) -> int:
+        """The last axis that is cut."""
+        return max((i for i, whole in enumerate(self.shape) if self.sizes[i] != whole), default=0)

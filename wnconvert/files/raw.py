@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 from wnconvert.files.box import Box
@@ -44,21 +43,3 @@ class Scattered:
     parts: tuple[tuple[Box, Raw], ...] = dataclasses.field(repr=False)
     itemsize: int
     size: int
-
-    def shares(self, start: int, size: int) -> Iterator[tuple[Raw, list[slice]]]:
-        """Yield what each part has of the bytes of the tensor from `start` on.
-
-        Args:
-            start: a whole number of elements, as is `size`.
-            size: number of bytes.
-
-        Yields:
-            A stretch of a file, and which of the bytes it is, in its order.
-        """
-        unit = self.itemsize
-        for box, raw in self.parts:
-            found = list(box.stretches(start // unit, (start + size) // unit))
-            if found:
-                places = [slice(at * unit - start, (at + count) * unit - start) for at, _, count in found]
-                total = sum(count for *_, count in found) * unit
-                yield Raw(raw.path, raw.start + found[0][1] * unit, total), places

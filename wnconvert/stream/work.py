@@ -87,7 +87,7 @@ def _wanted(to: Target | None, piece: Run | Slab) -> bool:
     """Whether any of a piece is to be written. What a slab has is spread over the tensor."""
     if not isinstance(to, PartPlace) or isinstance(piece, Slab):
         return True
-    return any(to.box.stretches(piece.start, piece.start + piece.size))
+    return bool(to.box.runs(piece.start, piece.start + piece.size))
 
 
 def _put(task: Put, space: Workspace) -> None:

@@ -12,6 +12,7 @@ from wnconvert import weightnorm
 from wnconvert.files.raw import Inline, Raw, Scattered
 from wnconvert.stream.fileio import Files
 from wnconvert.stream.plan import Kept, PartPlace, Place, Stored, Target
+from wnconvert.stream.shares import gather, scatter, share
 
 COPY = 8 << 20
 """Bytes copied or compared at a time."""
@@ -61,9 +62,7 @@ class Workspace:
             target[:] = raw.data[start : start + target.nbytes]
         elif isinstance(raw, Scattered):
             for first in range(0, target.nbytes, _IN_PARTS):
-                some = target[first : first + _IN_PARTS]
-                for part, places in raw.shares(start + first, some.nbytes):
-                    self._fill(some, part, places)
+                self._fill(target[first : first + _IN_PARTS], raw, start + first)
         elif target.nbytes:
             self.files.read(raw.path, raw.start + start, target)
 
@@ -79,26 +78,29 @@ class Workspace:
                 self._write_part(to, first * size + begin, data[begin : begin + _IN_PARTS], size)
 
     def _write_part(self, to: PartPlace, start: int, data: memoryview, size: int) -> None:
-        """Write what a part has of the bytes of a tensor from `start` on, by one call: its rows may be short."""
-        found = list(to.box.stretches(start // size, (start + data.nbytes) // size))
-        if found:
-            part = b"".join(data[at * size - start : (at + count) * size - start] for at, _, count in found)
-            self.files.write(to.place.path, to.place.start + found[0][1] * size, memoryview(part))
+        """Write what a part has of the bytes of a tensor from `start` on, in elements of `size` bytes."""
+        own = share(to.box, start // size, (start + data.nbytes) // size)
+        if own is not None:
+            self.files.write(to.place.path, to.place.start + own.first * size, gather(data, own.places, size))
 
     def copy(self, source: Raw, to: Place) -> None:
         """Copy bytes from file to file."""
         self.files.copy(source, to.path, to.start, memory_of(self.buffer("copy", min(COPY, source.size))))
 
-    def _fill(self, target: memoryview, part: Raw, places: list[slice]) -> None:
-        """Read a stretch of a file into places of `target`, by one call: rows of a part may be short."""
-        if len(places) == 1:
-            self.files.read(part.path, part.start, target[places[0]])
-            return
-        data = memory_of(self.buffer("part", part.size))
-        self.files.read(part.path, part.start, data)
-        for place in places:
-            size = place.stop - place.start
-            target[place], data = data[:size], data[size:]
+    def _fill(self, target: memoryview, stored: Scattered, start: int) -> None:
+        """Read bytes of a tensor in parts from `start` on."""
+        size = stored.itemsize
+        for box, raw in stored.parts:
+            own = share(box, start // size, (start + target.nbytes) // size)
+            if own is None:
+                continue
+            at = raw.start + own.first * size
+            if own.length * size == target.nbytes:
+                self.files.read(raw.path, at, target)
+                continue
+            data = memory_of(self.buffer("part", own.length * size))
+            self.files.read(raw.path, at, data)
+            scatter(data, target, own.places, size)
 
 
 def _memory(size: int) -> Tensor:
