@@ -202,12 +202,12 @@ class StateDictCarrier:
         for name in (site.name, *site.tied):
             old = self._entry(name)
             g_name, v_name = names.spell(name, scheme)
-            alias = old.alias and ("g", old.alias)
-            magnitude = old.changed(name=g_name, shape=tuple(g.shape), load=load_g, alias=alias)
-            direction = dataclasses.replace(old, name=v_name)
-            if not unchanged:
-                alias = old.alias and ("v", old.alias)
-                direction = old.changed(name=v_name, load=load_v, alias=alias)
+            g_alias, v_alias = (old.alias and (part, old.alias) for part in _PARTS)
+            magnitude = old.changed(name=g_name, shape=tuple(g.shape), load=load_g, alias=g_alias)
+            if unchanged:
+                direction = dataclasses.replace(old, name=v_name)
+            else:
+                direction = old.changed(name=v_name, load=load_v, alias=v_alias)
             self._replace(name, [magnitude, direction])
 
     def defer_fold(self, site: Site) -> bool:

@@ -190,11 +190,6 @@ class Items:
             return None
         return stored[0][1] if len(parts) == 1 else Scattered(stored, itemsize, size)
 
-    def release(self) -> None:
-        """Give the memory of everything that was looked at back to the system."""
-        for mapped in self._maps.values():
-            mapped.release()
-
     def files(self) -> set[str]:
         """The files that hold items, by their names in the folder."""
         return {info.relative_path for info in self._metadata.storage_data.values()}

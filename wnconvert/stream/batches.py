@@ -83,7 +83,10 @@ def size(task: Task) -> int:
         return len(task.data)
     if isinstance(task, (Copy, Checksum)):
         return task.source.size
-    if isinstance(task.to if isinstance(task, Fold) else task.v if isinstance(task, Split) else None, PartPlace):
+    if (isinstance(task, Fold) and isinstance(task.to, PartPlace)) or (
+        isinstance(task, Split) and isinstance(task.v, PartPlace)
+    ):
+        # Only some of its pieces are worked on.
         return sum(size for size, _ in work.units(task))
     return _elements(task) * _itemsize(task) * (2 if isinstance(task, Compare) else 1)
 
