@@ -310,6 +310,43 @@ def kill_many(form: Sharded, folder: Path, times: int, *, rows: int = 100_000, s
     return killer.tally
 
 
+_DIE_WHILE_THE_OTHER_WAITS = """
+import os, signal, sys, time
+from wnconvert.cli import main
+from wnconvert.files.finished import Finished
+from wnconvert.files.staging import Staging
+
+add, end = Finished.add, Staging.__exit__
+
+def die(*given):
+    add(*given)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def linger(*given):
+    time.sleep(1)
+    end(*given)
+
+if os.environ["RANK"] == "1":
+    Finished.add = die
+else:
+    Staging.__exit__ = linger
+sys.exit(main())
+"""
+
+
+def test_what_torchrun_sends_when_a_rank_dies_does_not_silence_the_other(tmp_path: Path) -> None:
+    model, program = FORMATS[0].make(tmp_path / "in"), tmp_path / "program.py"
+    program.write_text(_DIE_WHILE_THE_OTHER_WAITS)
+
+    process = start(str(program), "apply", str(model), "-o", str(tmp_path / "out"))
+    _, err = process.communicate(timeout=200)
+
+    assert process.returncode != 0
+    said = [line for line in err.splitlines() if line.startswith("wnconvert: ")]
+    assert said == ["wnconvert: another process of this run died; --resume goes on from what is done"], err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @EVERY

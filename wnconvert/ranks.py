@@ -88,6 +88,8 @@ class _Distributed(Ranks):
         try:
             distributed.all_gather_object(everyone, mine)
         except RuntimeError as error:
+            # torchrun tells the others to stop when one is gone: not while this one cleans up and says so.
+            _stay()
             self._broken = True
             # What is known about the failure says more than that the others left because of it.
             raise mine[0] or RankDied("another process of this run died") from error
@@ -110,8 +112,7 @@ class _Distributed(Ranks):
             if self.rank and not self._broken:
                 _until(lambda: self._store.check(["printed"]), _LEAVE)
             # The work is over. That another one ends first is no reason to end otherwise than as it came out.
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _stay()
             if self.rank == 0:
                 self._store.set("printed", "")
 
@@ -151,6 +152,11 @@ def joined() -> Iterator[Ranks]:
 
 def _is_one_of_several() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _stay() -> None:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
