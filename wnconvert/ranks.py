@@ -155,6 +155,7 @@ def _is_one_of_several() -> bool:
 
 
 def _stay() -> None:
+    """From now on, do not end when torchrun says so."""
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

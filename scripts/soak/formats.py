@@ -89,7 +89,10 @@ def _cut(tensor: Tensor, rng: random.Random) -> list[parts.Part]:
     found = parts.along(tensor, rng.randint(1, 4), axis)
     if axis and rng.random() < 0.5:
         rows = parts.along(tensor, rng.randint(1, 3), 0)
-        found = [([a[0], *b[0][1:]], [a[1], *b[1][1:]]) for a in ((o[0], s[0]) for o, s in rows) for b in found]
+        found = [
+            ([row[0], *offsets[1:]], [rows_of[0], *sizes[1:]]) for row, rows_of in rows for offsets, sizes in found
+        ]
+    # Of parts that begin at one place, all but the first are empty.
     return list({tuple(offsets): (offsets, sizes) for offsets, sizes in reversed(found)}.values())
 
 

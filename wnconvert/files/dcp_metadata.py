@@ -128,16 +128,13 @@ def _wrong_tensors(path: Path, metadata: Metadata) -> Iterator[str]:
                 yield f"{path}: does not say where {name!r} is"
             continue
         covered = 0
-        if len({tuple(chunk.offsets) for chunk in described.chunks if math.prod(chunk.sizes)}) != sum(
-            math.prod(chunk.sizes) > 0 for chunk in described.chunks
-        ):
+        places = [tuple(chunk.offsets) for chunk in described.chunks if math.prod(chunk.sizes)]
+        if len(set(places)) != len(places):
             yield f"{path}: damaged: two parts of {name!r} begin at one place"
         for chunk in described.chunks:
             covered += math.prod(chunk.sizes)
-            if any(number < 0 for number in (*chunk.offsets, *chunk.sizes)):
-                yield f"{path}: damaged: a part of {name!r} lies outside it"
-            ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            if any(end > length for end, length in zip(ends, described.size, strict=True)):
+            axes = zip(chunk.offsets, chunk.sizes, described.size, strict=True)
+            if any(start < 0 or size < 0 or start + size > length for start, size, length in axes):
                 yield f"{path}: damaged: a part of {name!r} lies outside it"
             if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
                 yield f"{path}: does not say where the part of {name!r} at {list(chunk.offsets)} is"
