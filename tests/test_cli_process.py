@@ -188,6 +188,29 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [file]
 
 
+SLOW_TO_BUILD = """
+import sys, time
+
+def network():
+    sys.stderr.write("building\\n")
+    sys.stderr.flush()
+    time.sleep(60)
+"""
+
+
+def test_a_signal_ends_the_building_of_a_network(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TO_BUILD)
+    file = make(tmp_path / "model.safetensors")
+    words = [sys.executable, "-m", "wnconvert", "apply", str(file), "--arch", "slow:network"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr.readline() == b"building\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, out, err) == (128 + signal.SIGTERM, b"", b"")
+
+
 @pytest.mark.parametrize(
     ("verb", "times"),
     [("fold", 4), *(pytest.param(v, 30, marks=pytest.mark.slow) for v in ("apply", "fold", "rename"))],

@@ -52,6 +52,10 @@ class PairError(InputError):
     """`g` and `v` do not describe a weight (shapes, dtypes, NaN, a zero direction with g != 0)."""
 
 
+class Stopped(SystemExit):
+    """A signal told the process to stop. What calls somebody's code tells it by this from an exit of that code."""
+
+
 def add_note(error: BaseException, text: str) -> None:
     """Add a line to an exception, as its method of that name does from Python 3.11 on."""
     error.__dict__.setdefault("__notes__", []).append(text)

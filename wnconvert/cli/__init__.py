@@ -19,7 +19,7 @@ from wnconvert.cli.inspect import inspect
 from wnconvert.cli.outcome import INTERRUPTED, json_of_error
 from wnconvert.cli.rename import rename
 from wnconvert.cli.verify import verify
-from wnconvert.errors import InputError
+from wnconvert.errors import InputError, Stopped
 from wnconvert.ranks import Ranks
 
 
@@ -89,7 +89,7 @@ def _clean_up_when_told_to_stop() -> None:
     """Let a terminating signal unwind the stack, so that no staging folder stays behind."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        raise Stopped(128 + number)
 
     with contextlib.suppress(ValueError):  # not the main thread: whoever called us there handles signals
         for name in ("SIGTERM", "SIGHUP"):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wnconvert import __version__
-from wnconvert.errors import NothingToDo, RankDied, WnconvertError, notes_of
+from wnconvert.errors import NothingToDo, RankDied, Stopped, WnconvertError, notes_of
 from wnconvert.ranks import ALONE, Ranks
 from wnconvert.watch import SILENT, Watcher
 
@@ -59,8 +59,8 @@ def printed(verb: Callable[..., Outcome]) -> Callable[..., int]:
             return _abandon_stdout(BROKEN_PIPE)
         except KeyboardInterrupt as error:
             return _say("".join(["interrupted", *notes_of(error)]), INTERRUPTED, last=True)
-        except SystemExit as error:
-            # A signal, see `cli.main`. It leaves nothing to be said but that there is a way to go on.
+        except Stopped as error:
+            # It leaves nothing to be said but that there is a way to go on.
             for note in notes_of(error):
                 _say(f"stopped{note}", 1, last=True)
             raise

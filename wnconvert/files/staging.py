@@ -13,6 +13,7 @@ from wnconvert.errors import (
     NothingToDo,
     PairError,
     RankDied,
+    Stopped,
     VerificationError,
     WnconvertError,
     add_note,
@@ -154,7 +155,7 @@ class Staging:
             raise InputError(f"{self.target}: cannot be written ({error.strerror or error}){way}") from error
         if isinstance(error, RankDied):
             raise RankDied(f"{error}{way or ', and nothing was written'}") from error
-        if way and isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if way and isinstance(error, (KeyboardInterrupt, Stopped)):
             add_note(error, way)
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:

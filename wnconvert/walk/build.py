@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wnconvert.errors import UsageError
+from wnconvert.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +91,7 @@ def _built(build: Builder, context: contextlib.AbstractContextManager[object]) -
         # Whatever it prints must not get into the report.
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(sys.stderr), context:
             return build()
-    except UsageError:
+    except (UsageError, Stopped):
         raise
     except (Exception, SystemExit) as error:
         # It is somebody's code, which may raise anything at all.
