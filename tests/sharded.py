@@ -29,7 +29,7 @@ class Sharded:
     Attributes:
         name: of the way.
         format: its name in `wnconvert.files.FORMATS`.
-        write: makes a folder of `SHARDS` files of such tensors.
+        write: makes a folder of as many files as it is given shards of tensors.
         shard: a glob for its files.
         rows: of each weight, so that it is large enough to be streamed.
         whole: each weight lies in one file.
@@ -82,7 +82,7 @@ def _torch(folder: Path, shards: list[dict[str, Tensor]]) -> None:
 
 def _dcp(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     model = {name: tensor for tensors in shards for name, tensor in tensors.items()}
-    writer = dcp.FileSystemWriter(folder, thread_count=SHARDS)
+    writer = dcp.FileSystemWriter(folder, thread_count=len(shards))
     dcp.save({"model": model, "step": 3}, storage_writer=writer, no_dist=True)
 
 
@@ -92,7 +92,7 @@ def save_in_parts(folder: Path, tensors: dict[str, Tensor], count: int, axis: in
 
 
 def _dcp_in_parts(folder: Path, shards: list[dict[str, Tensor]]) -> None:
-    save_in_parts(folder, {name: tensor for tensors in shards for name, tensor in tensors.items()}, SHARDS, 0)
+    save_in_parts(folder, {name: tensor for tensors in shards for name, tensor in tensors.items()}, len(shards), 0)
 
 
 FORMATS = (

@@ -16,6 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.sharded import FORMATS, Sharded
+
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "transformers", "numpy", "ml_dtypes", "rich")
 
 
@@ -133,6 +135,20 @@ def test_a_full_disk_behind_the_output(tmp_path: Path) -> None:
     assert err.count("\n") == 1
     assert "cannot be written" in err
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_more_files_than_may_be_open_at_first(form: Sharded, tmp_path: Path) -> None:
+    import resource
+
+    (tmp_path / "in").mkdir()
+    form.write(tmp_path / "in", [{f"layers.{i}.weight": torch.randn(form.rows, 64)} for i in range(48)])
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    assert run("apply", tmp_path / "in", "--kind", "*", "-q", "-o", tmp_path / "out", preexec_fn=limit) == (0, "", "")
+    assert len(form.files(tmp_path / "out")) == 48
 
 
 def test_plain_text_without_a_terminal(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Names in a file may hold what the terminal's encoding cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     _clean_up_when_told_to_stop()
+    _let_many_files_be_open()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with ranks.joined() as crew:
@@ -95,3 +96,12 @@ def _clean_up_when_told_to_stop() -> None:
         for name in ("SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
                 signal.signal(getattr(signal, name), stop)
+
+
+def _let_many_files_be_open() -> None:
+    """A map of a file holds it open, and a checkpoint of hundreds of files needs more than the usual 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not let us
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
