@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wnconvert.files.box import Box
+from wnconvert.files.box import Box, overlap
 from wnconvert.files.raw import Raw, Scattered
 from wnconvert.stream import engine, shares, work
 from wnconvert.stream.fileio import Files, create
@@ -23,7 +23,7 @@ from wnconvert.stream.workspace import Workspace
 
 @st.composite
 def cut_tensors(draw: Any) -> tuple[Tensor, list[Box]]:
-    """A tensor of numbers, and boxes that have each of its elements once."""
+    """A tensor of numbers, and boxes that have each of its elements once, in a grid or not."""
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     axes = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for n in shape]
     edges = [list(itertools.pairwise(ends)) or [(0, 0)] for ends in axes]
@@ -31,7 +31,33 @@ def cut_tensors(draw: Any) -> tuple[Tensor, list[Box]]:
         Box(shape, tuple(low for low, _ in edge), tuple(high - low for low, high in edge))
         for edge in itertools.product(*edges)
     ]
+    for _ in range(draw(st.integers(0, 3)) if shape else 0):
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        axis = draw(st.integers(0, len(shape) - 1))
+        first = draw(st.integers(0, box.sizes[axis]))
+        for offset, size in ((0, first), (first, box.sizes[axis] - first)):
+            boxes.append(Box(shape, _with(box.offsets, axis, box.offsets[axis] + offset), _with(box.sizes, axis, size)))
     return torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape), draw(st.permutations(boxes))
+
+
+def _with(numbers: tuple[int, ...], axis: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:axis], number, *numbers[axis + 1 :])
+
+
+@st.composite
+def boxes_anywhere(draw: Any) -> list[Box]:
+    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
+    ranges = [sorted(draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for _ in range(6) for n in shape]
+    each = [ranges[i * len(shape) : (i + 1) * len(shape)] for i in range(draw(st.integers(0, 6)))]
+    return [Box(shape, tuple(low for low, _ in own), tuple(high - low for low, high in own)) for own in each]
+
+
+@given(st.one_of(boxes_anywhere(), cut_tensors().map(lambda cut: cut[1])))
+def test_boxes_overlap_where_an_element_is_in_two(boxes: list[Box]) -> None:
+    counts = torch.zeros(boxes[0].shape if boxes else (), dtype=torch.int32)
+    for box in boxes:
+        part_of(counts, box).add_(1)
+    assert overlap(boxes) == bool((counts > 1).any())
 
 
 def part_of(tensor: Tensor, box: Box) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import shutil
 import socket
 import zipfile
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from scripts.soak import parts
 from tests.checkpoints import assert_same_contents
 from tests.sharded import contents, on_ranks, save_in_parts
 from wnconvert import compare, convert, files, jobs, weightnorm
@@ -29,6 +31,7 @@ from wnconvert.bits import same
 from wnconvert.errors import InputError
 from wnconvert.files import ReadOptions, dcp_items, dcp_split
 from wnconvert.jobs import Job
+from wnconvert.sites import Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -242,6 +245,27 @@ def test_what_is_stored_in_parts_is_never_held_whole(
         } == {count}
 
 
+@pytest.mark.parametrize("dim", ["out", 1, None])
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_in_no_grid(seed: int, dim: Any, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shapes = [(600, 512), (5, 4), (64, 32, 5, 31), (3, 100_000), (100_000, 3)]
+    plain = {f"layers.{i}.proj.weight": torch.randn(shape) for i, shape in enumerate(shapes)}
+    (tmp_path / "in").mkdir()
+    parts.write(tmp_path / "in", plain, lambda tensor: parts.at_random(tensor, rng))
+
+    _run("apply", tmp_path / "in", tmp_path / "split", dim=dim, selection=Selection(kinds=("*",)))
+    _run("fold", tmp_path / "split", tmp_path / "folded")
+
+    split, folded = _contents(tmp_path / "split")["model"], _contents(tmp_path / "folded")["model"]
+    for name, weight in plain.items():
+        g, v = weightnorm.split(weight, 0 if dim == "out" else dim)
+        assert same(split[f"{name}_g"], g), name
+        assert same(split[f"{name}_v"], v), name
+        assert same(folded[name], weight), name
+
+
 def test_one_part_is_the_whole_and_the_others_are_empty(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save_in_parts(tmp_path / "in", {"a.proj.weight": torch.zeros(1, 300_000)}, 3, 0)
@@ -313,7 +337,42 @@ def _change_part(folder: Path, number: int, offsets: torch.Size) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize(("change", "said"), [(_twice, "begin at one place"), (_before, "lies outside it")])
+def _as_many_elements(folder: Path) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    first, second = metadata.state_dict_metadata["model.a.proj.weight"].chunks
+    first.sizes, second.sizes, second.offsets = torch.Size([400, 512]), torch.Size([200, 512]), torch.Size([300, 0])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _no_dtype(folder: Path) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata.state_dict_metadata["model.a.proj.weight"].properties.dtype = "float32"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _no_properties(folder: Path) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata.state_dict_metadata["model.a.proj.weight"].properties = None
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _fractions(folder: Path) -> None:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata.state_dict_metadata["model.a.proj.weight"].chunks[0].sizes = (300.0, 512)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_twice, "overlap"),
+        (_as_many_elements, "overlap"),
+        (_before, "lies outside it"),
+        (_no_dtype, "does not say the dtype"),
+        (_no_properties, "does not say the dtype"),
+        (_fractions, "not made of integers"),
+    ],
+)
 def test_parts_that_are_not_a_tensor(change: Any, said: str, tmp_path: Path) -> None:
     save_in_parts(tmp_path, {"a.proj.weight": torch.randn(600, 512)}, 2, 0)
     change(tmp_path)

@@ -312,6 +312,10 @@ def kill_many(form: Sharded, folder: Path, times: int, *, rows: int = 100_000, s
 
 _DIE_WHILE_THE_OTHER_WAITS = """
 import os, signal, sys, time
+
+# It may come before the other one is seen to have died. There is no other thread yet that it could reach.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
 from wnconvert.cli import main
 from wnconvert.files.finished import Finished
 from wnconvert.files.staging import Staging
@@ -324,6 +328,7 @@ def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def linger(*given):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     time.sleep(1)
     end(*given)
 

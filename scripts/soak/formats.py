@@ -76,15 +76,15 @@ def distributed(folder: Path, rng: random.Random) -> Path:
 
 
 def distributed_parts(folder: Path, rng: random.Random) -> Path:
-    """The same, with each tensor in several parts, cut along one axis or two."""
+    """The same, with each tensor in several parts, cut along one axis or two, or anyhow."""
     path = folder / "dcp"
     path.mkdir()
     state = {name: tensor for name, tensor in made.state(rng).items() if tensor.dim()}
-    parts.write(path, state, lambda tensor: _cut(tensor, rng))
+    parts.write(path, state, lambda tensor: rng.choice([_in_grid, parts.at_random])(tensor, rng))
     return path
 
 
-def _cut(tensor: Tensor, rng: random.Random) -> list[parts.Part]:
+def _in_grid(tensor: Tensor, rng: random.Random) -> list[parts.Part]:
     axis = rng.randrange(tensor.dim())
     found = parts.along(tensor, rng.randint(1, 4), axis)
     if axis and rng.random() < 0.5:
@@ -92,8 +92,7 @@ def _cut(tensor: Tensor, rng: random.Random) -> list[parts.Part]:
         found = [
             ([row[0], *offsets[1:]], [rows_of[0], *sizes[1:]]) for row, rows_of in rows for offsets, sizes in found
         ]
-    # Of parts that begin at one place, all but the first are empty.
-    return list({tuple(offsets): (offsets, sizes) for offsets, sizes in reversed(found)}.values())
+    return parts.one_at_each_place(found)
 
 
 def onnx_external(folder: Path, rng: random.Random) -> Path:

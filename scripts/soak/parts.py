@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,3 +57,31 @@ def along(tensor: Tensor, count: int, axis: int) -> list[Part]:
         offsets[axis], sizes[axis] = first, min(step, length - first)
         found.append((offsets, sizes))
     return found
+
+
+def at_random(tensor: Tensor, rng: random.Random) -> list[Part]:
+    """Cut up to four times, each time one of the parts, in any order. They are no grid, and some have no element."""
+    found: list[Part] = [([0] * tensor.dim(), list(tensor.shape))]
+    for _ in range(rng.randint(0, 4)):
+        offsets, sizes = found.pop(rng.randrange(len(found)))
+        axis = rng.randrange(tensor.dim())
+        first = rng.randint(0, sizes[axis])
+        for offset, size in ((0, first), (first, sizes[axis] - first)):
+            found.append(
+                (
+                    [*offsets[:axis], offsets[axis] + offset, *offsets[axis + 1 :]],
+                    [*sizes[:axis], size, *sizes[axis + 1 :]],
+                )
+            )
+    rng.shuffle(found)
+    return one_at_each_place(found)
+
+
+def one_at_each_place(parts: Sequence[Part]) -> list[Part]:
+    """Leave out empty parts that begin where another one does: a part is known by its offsets."""
+    found: dict[tuple[int, ...], Part] = {}
+    for offsets, sizes in parts:
+        place = tuple(offsets)
+        if place not in found or not math.prod(found[place][1]):
+            found[place] = offsets, sizes
+    return list(found.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 _Numbers = TypeVar("_Numbers", bound=Any)
@@ -57,3 +58,24 @@ class Box:
     def _cut(self) -> int:
         """The last axis that is cut."""
         return max((i for i, whole in enumerate(self.shape) if self.sizes[i] != whole), default=0)
+
+
+def overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two of these parts of one tensor have an element in common."""
+    some = [box for box in boxes if math.prod(box.sizes)]
+    if len(some) < 2 or not some[0].shape:
+        return len(some) > 1
+    # Few parts reach any one place of the axis that is cut most.
+    axis = max(range(len(some[0].shape)), key=lambda axis: len({box.offsets[axis] for box in some}))
+    reaching: list[Box] = []
+    for box in sorted(some, key=lambda box: box.offsets[axis]):
+        reaching = [other for other in reaching if other.offsets[axis] + other.sizes[axis] > box.offsets[axis]]
+        if any(_meet(box, other) for other in reaching):
+            return True
+        reaching.append(box)
+    return False
+
+
+def _meet(a: Box, b: Box) -> bool:
+    axes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(start < other + length and other < start + size for start, size, other, length in axes)

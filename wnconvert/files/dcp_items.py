@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from wnconvert import names
 from wnconvert.errors import InputError
 from wnconvert.files import torch_map
-from wnconvert.files.box import Box
+from wnconvert.files.box import Box, overlap
 from wnconvert.files.entries import Entry, Raw
 from wnconvert.files.file_map import FileMap, NotMappable
 from wnconvert.files.raw import Scattered
@@ -204,21 +204,23 @@ class Items:
         return self._maps[name]
 
 
-def parts_like(template: Sequence[Part], shape: Sequence[int], whole: Sequence[int]) -> list[tuple[Part, ...]]:
-    """Cut a tensor of `shape` as another one, of the shape `whole`, is cut, one group of its parts for each piece.
+def parts_like(template: Sequence[Part], shape: tuple[int, ...], whole: tuple[int, ...]) -> Sequence[Part]:
+    """Cut a tensor of `shape` as another one, of the shape `whole`, is cut. Each part goes where one of those is.
 
-    Axes of length 1 that the other has longer are not cut; parts that differ only along these come together.
+    Axes of length 1 that the other has longer are not cut; parts that differ only along these come together. All do
+    where they would overlap otherwise, as the other is not cut in a grid.
     """
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Part]] = {}
-    for part in template:
-        if len(shape) != len(whole):
-            offsets, sizes = tuple(0 for _ in shape), tuple(shape)
-        else:
-            reduced = [a != b for a, b in zip(shape, whole, strict=True)]
-            offsets = tuple(0 if gone else n for gone, n in zip(reduced, part.offsets, strict=True))
-            sizes = tuple(1 if gone else n for gone, n in zip(reduced, part.sizes, strict=True))
-        groups.setdefault((offsets, sizes), []).append(part)
-    return [
-        tuple(dataclasses.replace(part, offsets=offsets, sizes=sizes) for part in parts)
-        for (offsets, sizes), parts in groups.items()
-    ]
+    if shape == whole:
+        return template
+    # A part without elements may get some when an axis goes, but they belong to the others.
+    some = [part for part in template if not part.empty] or template[:1]
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], Part] = {}
+    if len(shape) == len(whole):
+        gone = [a != b for a, b in zip(shape, whole, strict=True)]
+        for part in some:
+            offsets = tuple(0 if one else n for one, n in zip(gone, part.offsets, strict=True))
+            sizes = tuple(1 if one else n for one, n in zip(gone, part.sizes, strict=True))
+            found.setdefault((offsets, sizes), part)
+    if not found or overlap([Box(shape, *place) for place in found]):
+        found = {((0,) * len(shape), shape): some[0]}
+    return [dataclasses.replace(part, offsets=offsets, sizes=sizes) for (offsets, sizes), part in found.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from wnconvert.errors import InputError
+from wnconvert.files.box import Box, overlap
 from wnconvert.files.torch_load import DAMAGE, first_line
 
 NAME = ".metadata"
@@ -110,7 +111,7 @@ def _wrong_files(folder: Path, storage: dict[MetadataIndex, _StorageInfo]) -> It
             yield f"{folder / NAME}: says that {index.fqn!r} is in {name!r}, which is outside the folder"
         if getattr(info, "transform_descriptors", None):
             yield f"{folder}: {index.fqn!r} is stored compressed or encrypted, which cannot be converted"
-        if info.offset < 0 or info.length < 0:
+        if not _whole((info.offset, info.length)) or info.offset < 0 or info.length < 0:
             yield f"{folder / NAME}: damaged: {index.fqn!r} is at byte {info.offset}, {info.length} bytes long"
         needed[name] = max(needed.get(name, 0), info.offset + info.length)
     for name, size in needed.items():
@@ -127,17 +128,25 @@ def _wrong_tensors(path: Path, metadata: Metadata) -> Iterator[str]:
             if MetadataIndex(name) not in metadata.storage_data:
                 yield f"{path}: does not say where {name!r} is"
             continue
-        covered = 0
-        places = [tuple(chunk.offsets) for chunk in described.chunks if math.prod(chunk.sizes)]
-        if len(set(places)) != len(places):
-            yield f"{path}: damaged: two parts of {name!r} begin at one place"
+        if not isinstance(getattr(described.properties, "dtype", None), torch.dtype):
+            yield f"{path}: damaged: does not say the dtype of {name!r}"
+        covered, shape = 0, tuple(described.size)
+        if not _whole(shape, *((*chunk.offsets, *chunk.sizes) for chunk in described.chunks)):
+            yield f"{path}: damaged: {name!r} has a shape or a part that is not made of integers"
         for chunk in described.chunks:
             covered += math.prod(chunk.sizes)
-            axes = zip(chunk.offsets, chunk.sizes, described.size, strict=True)
+            axes = zip(chunk.offsets, chunk.sizes, shape, strict=True)
             if any(start < 0 or size < 0 or start + size > length for start, size, length in axes):
                 yield f"{path}: damaged: a part of {name!r} lies outside it"
             if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
                 yield f"{path}: does not say where the part of {name!r} at {list(chunk.offsets)} is"
-        elements = math.prod(described.size)
+        elements = math.prod(shape)
         if covered != elements:
             yield f"{path}: the parts of {name!r} have {covered:,} elements together, it has {elements:,}"
+        # As many elements as it has, and none of them twice, are all of them.
+        if overlap([Box(shape, tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in described.chunks]):
+            yield f"{path}: damaged: two parts of {name!r} overlap"
+
+
+def _whole(*numbers: Sequence[object]) -> bool:
+    return all(isinstance(number, int) for several in numbers for number in several)

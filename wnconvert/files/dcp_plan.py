@@ -148,12 +148,12 @@ class Plan:
 
     def _converted(self, entry: Entry, path: tuple[Any, ...]) -> Iterator[Record]:
         template = self._template(entry)
-        groups = parts_like(self._source.items.parts(template.name), entry.shape, template.shape)
+        parts = parts_like(self._source.items.parts(template.name), entry.shape, template.shape)
         properties = self._source.items.described(template.name).properties
-        chunks = [ChunkStorageMetadata(torch.Size(group[0].offsets), torch.Size(group[0].sizes)) for group in groups]
+        chunks = [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in parts]
         self._describe(entry.name, TensorStorageMetadata(properties, torch.Size(entry.shape), chunks), path)
         halves = self._halves(entry.name)
-        for i, (part, *_) in enumerate(groups):
+        for i, part in enumerate(parts):
             converted = Converted(entry, part, None if part.empty else self._made(entry, part, halves))
             yield Record(MetadataIndex(entry.name, part.offsets, i), part.file, part.start, converted)
 
